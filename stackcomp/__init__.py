@@ -1,0 +1,51 @@
+"""stackcomp: compress text transformers by stacking techniques, and measure what each one gives.
+
+Importing the package is light: torch is imported when first used. Importing it also teaches `transformers` to load our checkpoints.
+"""
+
+from typing import Any
+
+from stackcomp import _hooks
+from stackcomp.core import errors
+from stackcomp.core.contract import Contract, Need
+from stackcomp.core.facts import Fact
+from stackcomp.core.ledger import Ledger
+from stackcomp.core.passes import Pass
+from stackcomp.core.pipeline import Pipeline
+from stackcomp.passes import registered
+
+__version__ = "0.1.0"
+__all__ = ["Contract", "Fact", "Ledger", "Need", "Pass", "PassManager", "Pipeline", "check", "errors", "load", "parse", "tasks"]
+
+_hooks.on_transformers_import()
+
+
+def parse(text: str) -> Pipeline:
+    """The pipeline that `text` declares, read without running it; registered passes and literal settings only."""
+    return Pipeline.parse(text, registered())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PassManager":
+        from stackcomp.manager import PassManager
+
+        return PassManager
+    if name == "check":
+        from stackcomp.manager import check
+
+        return check
+    if name == "load":
+        from stackcomp.checkpoint import load
+
+        return load
+    if name == "tasks":
+        from stackcomp.data import tasks
+
+        return tasks
+    if name[:1].isupper() and name in registered():  # a pass; never a subpackage, which would be asked for while passes load
+        return registered()[name]
+    raise AttributeError(f"module 'stackcomp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *registered()])

@@ -1,0 +1,1 @@
+def on_transformers_import(): pass

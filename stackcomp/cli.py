@@ -1,0 +1,185 @@
+"""The command line: `stackcomp check | run | show | passes`.
+
+Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full disk), 130 when interrupted.
+Results go to standard output, messages to standard error. Torch is imported by `run` only.
+"""
+
+import argparse
+import errno
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
+from stackcomp.core.pipeline import Pipeline
+from stackcomp.core.passes import Pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except StackcompError as error:
+        print(f"stackcomp: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("stackcomp: the disk is full; nothing is half-written: free some space, then run again with --resume", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stackcomp: interrupted; run again with --resume to go on from the last finished pass", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stackcomp", description="Compress text transformers by stacking techniques, and measure what each one gives."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("check", help="judge a pipeline without reading a weight")
+    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `pipeline`, and may define `model` (a folder or hub name)")
+    command.set_defaults(command=_check)
+
+    command = commands.add_parser("run", help="run a pipeline; leaves checkpoint, recipe and ledger in a folder")
+    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `pipeline`, `model` and `task`")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    command.add_argument("--resume", action="store_true", help="go on from the last finished pass in DIR")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("show", help="print the ledger of a finished or running folder")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="the whole ledger as JSON")
+    command.set_defaults(command=_show)
+
+    command = commands.add_parser("passes", help="list all registered passes with settings, contract and paper")
+    command.set_defaults(command=_passes)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    from stackcomp.manager import check
+
+    found = read_file(options.file)
+    pipeline = _pipeline(found, options.file)
+    model = found.get("model")
+    against = model if isinstance(model, str | Path) else None
+    plans = check(pipeline, against)
+    weights = len(plans[-1].weights)
+    print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
+    for index, step in enumerate(pipeline.flat()):
+        chosen = "trains the whole model" if step.contract.trains else _count(plans[index].select(only=step.only, skip=step.skip))
+        print(f"  {index + 1}. {step}: {chosen}")
+    return 0
+
+
+def _count(ids: Sequence[str]) -> str:
+    return f"{len(ids)} weight{'s' if len(ids) != 1 else ''}"
+
+
+def _run(options: argparse.Namespace) -> int:
+    found = read_file(options.file)
+    pipeline = _pipeline(found, options.file)
+    for name in ("model", "task"):
+        if name not in found:
+            raise PipelineFileError(f"{options.file} defines no `{name}`: `run` needs pipeline, model and task")
+    from stackcomp.manager import PassManager, check
+
+    if isinstance(found["model"], str | Path):
+        check(pipeline, found["model"])
+    model = found["model"]() if callable(found["model"]) and not hasattr(found["model"], "forward") else found["model"]
+    manager = PassManager(out=options.out, task=found["task"], tokenizer=_tokenizer(found, model, options.file), seed=options.seed)
+    result = manager.run(model, pipeline, resume=options.resume)
+    print(result.ledger)
+    print(farewell(result.directory))
+    return 0
+
+
+def farewell(directory: Path) -> str:
+    """Where the result is, and the two lines that load it."""
+    return f"\nThe compressed model is in {directory}. Load it with\n\n    import stackcomp\n    model = stackcomp.load({str(directory)!r})"
+
+
+def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
+    """The file's `tokenizer`, or the one beside the model."""
+    if "tokenizer" in found:
+        return found["tokenizer"]
+    from transformers import AutoTokenizer
+
+    source = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise PipelineFileError(f"{file}: no tokenizer beside the model ({source!r}): define `tokenizer` in the file") from error
+
+
+def _show(options: argparse.Namespace) -> int:
+    from stackcomp.core import ledger
+
+    path = options.directory / "ledger.json"
+    if not path.is_file():
+        raise CheckpointError(f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote")
+    found = ledger.read(path.read_text("utf8"))
+    print(json.dumps(found.to_json(), indent=1) if options.json else found)
+    return 0
+
+
+def _passes(options: argparse.Namespace) -> int:
+    from stackcomp.passes import registered
+
+    print("\n\n".join(describe(cls) for cls in registered().values()))
+    return 0
+
+
+def describe(cls: type[Pass]) -> str:
+    """What a user asks of a pass: its summary, settings with defaults, contract and paper."""
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    default = cls()
+    settings = ", ".join(f"{field.name}={getattr(default, field.name)!r}" for field in fields(cls))
+    lines = [cls.__name__, f"  {summary}", f"  settings: {settings}", f"  contract: {default.contract}", f"  paper: {cls.paper}"]
+    return "\n".join(lines)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The names a pipeline file defines. Raises PipelineFileError when it is missing or raises."""
+    if not path.is_file():
+        raise PipelineFileError(f"{path} is no file: give a Python file that defines `pipeline`")
+    try:
+        return runpy.run_path(str(path))
+    except StackcompError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = _line_in(path, error)
+        raise PipelineFileError(f"{path}{line}: {type(error).__name__}: {error}; mend the file, then try again") from error
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """`, line N` of the last frame of `error` that is in `path`."""
+    trace, found = error.__traceback__, error.lineno if isinstance(error, SyntaxError) else None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            found = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {found}" if found else ""
+
+
+def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:
+    if "pipeline" not in found:
+        raise PipelineFileError(f"{file} defines no `pipeline`: write pipeline = stackcomp.Pipeline(...)")
+    pipeline = found["pipeline"]
+    if isinstance(pipeline, Pass):
+        return Pipeline(pipeline)
+    if not isinstance(pipeline, Pipeline):
+        raise SettingError(f"{file}: pipeline={pipeline!r} is no Pipeline: write pipeline = stackcomp.Pipeline(...)")
+    return pipeline
+
+
+if __name__ == "__main__":
+    sys.exit(main())

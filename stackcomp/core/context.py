@@ -1,0 +1,45 @@
+"""`Context`: what the manager hands to a pass beside the model. Read only."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from stackcomp.data.tasks import Task
+
+Item = TypeVar("Item")
+
+
+class Progress(Protocol):
+    """Draws a bar over an iterable; `quiet` draws none."""
+
+    def __call__(self, items: Iterable[Item], /, label: str, total: int | None = None) -> Iterable[Item]: ...
+
+
+def quiet(items: Iterable[Item], /, label: str, total: int | None = None) -> Iterable[Item]:
+    """The progress that draws nothing."""
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may read while it runs.
+
+    targets: ids of the weights it may change, in model order; seed: of every random choice; scratch: a private folder that lives until
+    the pass has finished, where a training pass keeps what it resumes from; teacher: loads the model as it came, when first called;
+    calibration: unlabelled sentences.
+    """
+
+    targets: tuple[str, ...]
+    seed: int
+    scratch: Path
+    device: str = "cpu"
+    task: "Task | None" = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    teacher: "Callable[[], nn.Module] | None" = None
+    calibration: "Callable[[int], Sequence[Any]] | None" = None
+    progress: Progress = quiet

@@ -1,0 +1,32 @@
+"""The closed vocabulary of facts: words that are true of one stored part of a weight.
+
+Passes speak about weights in these words only; there is no list of pass names anywhere. A new fact is a new line here and in no
+other place.
+"""
+
+from enum import StrEnum
+
+
+class Fact(StrEnum):
+    """A word true of one stored part (`weight`, `basis`, `coefficients`) of a logical weight."""
+
+    FLOAT = "float"  # values are floating-point numbers
+    INT8 = "int8"  # values are 8-bit integers with one scale a row
+    DENSE = "dense"  # every entry is stored
+    SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
+    FACTOR = "factor"  # the part is one factor of a product
+    DYNAMIC = "dynamic"  # the inputs of its product are rounded to int8 as they come
+    TRAINABLE = "trainable"  # its values can take a gradient step
+
+
+Facts = frozenset[Fact]
+
+
+def facts(*words: Fact) -> Facts:
+    """The set of `words`."""
+    return frozenset(words)
+
+
+def spell(words: Facts) -> str:
+    """`words` in vocabulary order, for messages: `float, dense`."""
+    return ", ".join(word.value for word in Fact if word in words) or "none"

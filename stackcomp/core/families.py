@@ -1,0 +1,84 @@
+"""The small table of model families: what a checkpoint's header alone does not tell.
+
+A family is named by `model_type` of config.json. A model of another family still compresses: its layers are found by their types when
+it is loaded; the table only serves to describe a checkpoint without loading it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family: the base model's attribute in a model with a head, its embeddings, and its output heads tied to the first of them.
+
+    blocks is the glob of the repeated layers; stored_transposed are globs of weights kept as (input, output) in the file (`Conv1D`).
+    Paths are relative to the base model.
+    """
+
+    prefix: str
+    blocks: str
+    embeddings: tuple[str, ...]
+    tied_heads: tuple[str, ...]
+    stored_transposed: tuple[str, ...] = ()
+
+
+_BERT_EMBEDDINGS = ("embeddings.*_embeddings",)
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(
+        prefix="bert",
+        blocks="encoder.layer.*",
+        embeddings=_BERT_EMBEDDINGS,
+        tied_heads=("cls.predictions.decoder",),
+    ),
+    "distilbert": Family(
+        prefix="distilbert",
+        blocks="transformer.layer.*",
+        embeddings=_BERT_EMBEDDINGS,
+        tied_heads=("vocab_projector",),
+    ),
+    "roberta": Family(
+        prefix="roberta",
+        blocks="encoder.layer.*",
+        embeddings=_BERT_EMBEDDINGS,
+        tied_heads=("lm_head.decoder",),
+    ),
+    "mpnet": Family(
+        prefix="mpnet",
+        blocks="encoder.layer.*",
+        embeddings=(*_BERT_EMBEDDINGS, "encoder.relative_attention_bias"),
+        tied_heads=("lm_head.decoder",),
+    ),
+    "gpt2": Family(
+        prefix="transformer",
+        blocks="h.*",
+        embeddings=("wte", "wpe"),
+        tied_heads=("lm_head",),
+        stored_transposed=("h.*.c_attn", "h.*.c_proj", "h.*.c_fc", "h.*.q_attn"),
+    ),
+    "llama": Family(
+        prefix="model",
+        blocks="layers.*",
+        embeddings=("embed_tokens",),
+        tied_heads=("lm_head",),
+    ),
+}
+
+for _like in ("mistral", "qwen2", "qwen3"):  # Llama-like: the same names
+    FAMILIES[_like] = FAMILIES["llama"]
+
+
+def word_embedding(family: Family, paths: list[str]) -> str | None:
+    """The path of the word embedding, to which output heads are tied."""
+    wanted = [glob.replace("*_embeddings", "word_embeddings") for glob in family.embeddings[:1]]
+    return next((path for path in paths if any(fnmatchcase(path, glob) for glob in wanted)), None)
+
+
+def ties_heads(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config ties its output head to the word embedding."""
+    heads = config.get("architectures") or []
+    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")) for name in heads)
+    return has_head and bool(config.get("tie_word_embeddings", True))

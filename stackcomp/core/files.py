@@ -1,0 +1,87 @@
+"""Files that are whole or absent: temporary name, fsync, rename. And a lock that dies with its process."""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stackcomp.core.errors import OutputInUse
+
+_TEMPORARY = ".partial-"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader, or a crash at any moment, sees the old file or the new one."""
+    partial = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+    try:
+        with partial.open("w", encoding="utf8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+
+    Every file in it is fsynced before the rename. Raises OutputInUse when `path` exists and is not empty.
+    """
+    refuse_in_use(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        sync_folder(partial)
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def refuse_in_use(path: Path) -> None:
+    """Raise OutputInUse when `path` is a file or a folder that is not empty."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise OutputInUse(f"{path} is in use: give another folder, or remove it")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go when the process ends, however it ends.
+
+    Raises OutputInUse when another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputInUse(f"{folder} is being written by another process: wait for it, or give another folder") from error
+        yield

@@ -1,0 +1,172 @@
+"""A plan from a checkpoint's config.json and safetensors headers alone: no weight is read and torch is not imported."""
+
+import json
+import struct
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from stackcomp.core.errors import CheckpointError, UnsupportedModel
+from stackcomp.core.families import FAMILIES, Family, ties_heads, word_embedding
+from stackcomp.core.plan import Plan
+from stackcomp.core.selection import nearest
+from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
+
+_CODINGS: dict[str, Coding] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the bytes it takes, its length word included.
+
+    Raises CheckpointError for a file that is cut short or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{path}: cut short or no safetensors file ({size} bytes); copy or save it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged safetensors header ({error}); copy or save it again") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again")
+    return header, 8 + length
+
+
+def plan_of(directory: str | Path) -> Plan:
+    """The plan of the model in `directory` (a local folder, or a name on the hub whose headers are fetched).
+
+    Raises UnsupportedModel when there is no model or its family is not in the table, CheckpointError when a file is damaged.
+    """
+    config, tensors = _read(directory)
+    ours = config.get("quantization_config")
+    stored = ours["weights"] if ours and ours.get("quant_method") == "stackcomp" else {}
+    compressed = [WeightSpec.from_json(id_, data) for id_, data in stored.items()]
+    return Plan.of([*dense_weights(config, tensors, taken=compressed), *compressed])
+
+
+def dense_weights(
+    config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]], taken: list[WeightSpec]
+) -> list[WeightSpec]:
+    """The dense logical weights among `tensors` (safetensors header entries by name), those `taken` left out."""
+    kind = config.get("model_type", "")
+    if kind not in FAMILIES:
+        raise UnsupportedModel(
+            f"model_type={kind!r} is not in the table of families ({', '.join(FAMILIES)}; the nearest is {nearest(kind, FAMILIES, 1)}): "
+            "give the model itself, or add a line to stackcomp/core/families.py"
+        )
+    family = FAMILIES[kind]
+    covered = {path for spec in taken for path in spec.paths}
+    found: dict[str, WeightSpec] = {}
+    for name, entry in tensors.items():
+        path = name.removesuffix(".weight").removeprefix(f"{family.prefix}.")
+        if name.endswith(".weight") and len(entry["shape"]) == 2 and path not in covered and not _inside(path, covered):
+            found[path] = _dense(path, entry, family)
+    words = word_embedding(family, [*found])
+    if ties_heads(config) and words:
+        heads = [path for path in family.tied_heads if path in found] or [family.tied_heads[0]]
+        embedding = found[words]
+        for head in heads:
+            found.pop(head, None)
+        found[words] = WeightSpec(**{**vars(embedding), "paths": (words, *heads)})
+    return list(found.values())
+
+
+def _inside(path: str, covered: set[str]) -> bool:
+    """Whether `path` is a matrix of a compressed layer (`query.basis` of `query`)."""
+    return path.rpartition(".")[0] in covered
+
+
+def _dense(path: str, entry: Mapping[str, Any], family: Family) -> WeightSpec:
+    rows, cols = entry["shape"]
+    if any(fnmatchcase(path, glob) for glob in family.stored_transposed):
+        rows, cols = cols, rows
+    embedding = any(fnmatchcase(path, glob) for glob in family.embeddings)
+    coding = _CODINGS.get(entry["dtype"])
+    if coding is None:
+        raise UnsupportedModel(f"{path}: dtype {entry['dtype']} cannot be compressed; give a model in F32, BF16 or F16")
+    return WeightSpec(
+        id=path,
+        kind="embedding" if embedding else "linear",
+        rows=rows,
+        cols=cols,
+        paths=(path,),
+        matrices={"weight": MatrixSpec(rows=rows, cols=cols, coding=coding)},
+    )
+
+
+def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and all safetensors header entries of a local folder or a hub name."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return _fetch(str(directory))
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise UnsupportedModel(
+            f"{folder} holds no model: config.json and *.safetensors are needed; save it with model.save_pretrained({str(folder)!r})"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged ({error}); copy or save it again") from error
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= read_header(file)[0]
+    return config, tensors
+
+
+def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same from the hub: the config file and the headers, never the weights."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    try:
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text("utf8"))
+        found = get_safetensors_metadata(name)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{name!r} is neither a folder with a model nor a name the hub gives ({type(error).__name__}): check the path"
+        ) from error
+    tensors = {
+        key: {"shape": entry.shape, "dtype": entry.dtype}
+        for file in found.files_metadata.values()
+        for key, entry in file.tensors.items()
+    }
+    return config, tensors
+
+
+def plain(kind: str) -> Plan:
+    """The plan of a plain dense model of a family: two layers of width 64 with a classifier, to check a pipeline without a model."""
+    family = FAMILIES[kind]
+    width = 64
+    entry = {"shape": [width, width], "dtype": "F32"}
+    words = family.embeddings[0].replace("*_embeddings", "word_embeddings")
+    paths = [words, *(f"{family.blocks.replace('*', str(layer))}.{name}" for layer in range(2) for name in _INSIDE[kind])]
+    tensors = {f"{path}.weight": entry for path in [*paths, "pooler.dense", "classifier"]}
+    return Plan.of(dense_weights({"model_type": kind}, tensors, taken=[]))
+
+
+_BERT_LAYER = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+_LLAMA_LAYER = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_INSIDE: dict[str, tuple[str, ...]] = {
+    "bert": _BERT_LAYER,
+    "distilbert": (*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "llama": _LLAMA_LAYER,
+}
+PLAIN_KINDS = tuple(_INSIDE)

@@ -1,0 +1,92 @@
+"""`Pass`: one compression technique as a frozen dataclass. Its fields are its settings, its text and its identity.
+
+A pass holds no policing code: the manager selects its weights, checks its contract before and after, times it, measures it, saves it.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stackcomp.core.contract import Contract
+from stackcomp.core.errors import SettingError, UnknownSetting
+from stackcomp.core.selection import Globs, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stackcomp.core.context import Context
+
+Findings = Mapping[str, Any]  # what a pass found out, as JSON values, for the ledger
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Pass(ABC):
+    """Base of every pass. Every setting has a default, so that a pass can be built with none.
+
+    only, skip: globs on layer paths relative to the base model; `*` crosses dots and a matched module includes its children. With no
+    `only`, a pass works on every linear layer that is not tied to an embedding.
+    """
+
+    only: Globs = None
+    skip: Globs = None
+
+    paper: ClassVar[str]  # where the technique comes from
+    idle: ClassVar[Mapping[str, Any] | None] = None  # settings with which the pass does nothing, if it has such
+
+    def __new__(cls, *args: Any, **settings: Any) -> "Pass":
+        known = [field.name for field in fields(cls)]
+        if args:
+            raise UnknownSetting(f"{cls.__name__} takes its settings by name: {', '.join(known)}")
+        for name in settings:
+            if name not in known:
+                raise UnknownSetting(
+                    f"{cls.__name__} has no setting {name!r}: did you mean {nearest(name, known, 1)}? "
+                    f"It has {', '.join(known)}"
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("only", "skip"):
+            value = getattr(self, name)
+            globs = (value,) if isinstance(value, str) else value
+            if globs is None:
+                continue
+            if not (isinstance(globs, tuple | list) and globs and all(isinstance(glob, str) for glob in globs)):
+                raise SettingError(f"{name}={value!r} is no glob: give a string or a tuple of strings")
+            if isinstance(value, list):  # a list would make the pass unhashable
+                object.__setattr__(self, name, tuple(value))
+
+    @property
+    def name(self) -> str:
+        """The name of the pass as users write it."""
+        return type(self).__name__
+
+    @property
+    def slug(self) -> str:
+        """The name in a folder: `dense-sparse`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", self.name).lower()
+
+    @property
+    @abstractmethod
+    def contract(self) -> Contract:
+        """What this pass, with these settings, asks and promises."""
+
+    @abstractmethod
+    def apply(self, model: "nn.Module", context: "Context") -> Findings:
+        """Change the weights `context.targets` of `model` in place; return what the ledger should keep."""
+
+    def flat(self) -> "tuple[Pass, ...]":
+        """The passes to run, in order: this one."""
+        return (self,)
+
+    def __repr__(self) -> str:
+        """Python that builds this pass again; settings at their default are left out."""
+        shown = []
+        for field in fields(self):
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            value = getattr(self, field.name)
+            if default is MISSING or value != default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{self.name}({', '.join(shown)})"

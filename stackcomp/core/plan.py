@@ -1,0 +1,74 @@
+"""What is known of a model without reading a weight: its logical weights and the forms each may have.
+
+A *form* is the facts of each stored part. Before a pass has run, a weight may have several possible forms (a layer too small to gain
+is left as it was, and only the run tells which): a plan carries them all, and what the run finds must be among them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from stackcomp.core.facts import Facts, spell
+from stackcomp.core.selection import Globs, select
+from stackcomp.core.spec import WeightSpec
+
+Form = frozenset[tuple[str, Facts]]
+
+
+def form(parts: Mapping[str, Facts]) -> Form:
+    """The form with these parts."""
+    return frozenset(parts.items())
+
+
+def spell_form(parts: Form) -> str:
+    """`basis: float, dense; coefficients: float, sparse`, for messages."""
+    return "; ".join(f"{name}: {spell(words)}" for name, words in sorted(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWeight:
+    """One logical weight: rows x cols (output x input features), its module paths, and the forms it may have."""
+
+    id: str
+    kind: Literal["linear", "embedding"]
+    rows: int
+    cols: int
+    paths: tuple[str, ...]
+    forms: frozenset[Form]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The logical weights of a model, in the order of the model."""
+
+    weights: tuple[PlannedWeight, ...]
+
+    @staticmethod
+    def of(specs: Iterable[WeightSpec]) -> "Plan":
+        """The plan of a model whose weights are stored as `specs`: one form each."""
+        return Plan(
+            tuple(
+                PlannedWeight(
+                    id=spec.id,
+                    kind=spec.kind,
+                    rows=spec.rows,
+                    cols=spec.cols,
+                    paths=spec.paths,
+                    forms=frozenset({form(spec.parts())}),
+                )
+                for spec in specs
+            )
+        )
+
+    def select(self, *, only: Globs, skip: Globs) -> tuple[str, ...]:
+        """Ids of the weights that the globs select; with no `only`, every linear weight that is not tied to an embedding."""
+        chosen = select(
+            [weight.paths for weight in self.weights],
+            only=only,
+            skip=skip,
+            default=[weight.kind == "linear" for weight in self.weights],
+        )
+        return tuple(weight.id for weight, taken in zip(self.weights, chosen, strict=True) if taken)
+
+    def __getitem__(self, id_: str) -> PlannedWeight:
+        return next(weight for weight in self.weights if weight.id == id_)

@@ -1,0 +1,228 @@
+"""How one weight is stored: plain values that describe layers without importing torch.
+
+A logical weight W (`rows` x `cols`, output features x input features) is stored as one or two *matrices*:
+
+- whole: one matrix `weight`, the layer computes `x W^T`;
+- factored: `W = S D` block by block of input columns (`transposed=False`), or `W^T = S D` (`transposed=True`): matrices
+  `coefficients` (S, n x blocks*b) and `basis` (D, blocks*b x g), b atoms and g columns a block. Low rank is one block whose
+  coefficients are dense; dense-sparse has coefficients with a `Fixed` support.
+
+Each matrix has a layout (which entries are stored) and a coding (how a value is stored). Layout and coding are independent: that is
+what lets passes stack. These specs are what config.json carries, what facts are read from and what sizes are computed from.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from stackcomp.core.errors import CheckpointError, SettingError
+from stackcomp.core.facts import Fact, Facts
+
+WORD_BITS = 63  # ranks of small supports are packed together into words that fit a signed 64-bit integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Every entry is stored: values (rows, cols)."""
+
+    kind: Literal["dense"] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Exactly `nonzeros` entries in every `block` columns of every row: values (rows, cols / block, nonzeros).
+
+    Covers dense-sparse supports (s of b atoms) and N:M sparsity (n of m columns). The support is stored by enumeration: the rank of
+    the chosen subset among all C(block, nonzeros), several ranks to a word where they are small.
+    """
+
+    block: int
+    nonzeros: int
+    kind: Literal["fixed"] = "fixed"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nonzeros <= self.block:
+            raise SettingError(f"nonzeros={self.nonzeros} is out of range: give 1 to block={self.block}")
+
+    @property
+    def choices(self) -> int:
+        """C(block, nonzeros): the number of supports a block may have."""
+        return math.comb(self.block, self.nonzeros)
+
+    @property
+    def ranks_per_word(self) -> int:
+        """How many ranks are packed into one word: as many as fit 63 bits, at least one."""
+        if self.choices == 1:
+            return 1
+        count = 1
+        while self.choices ** (count + 1) <= 1 << WORD_BITS:
+            count += 1
+        return count
+
+    def support_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of the packed support of a rows x cols matrix; 0 when every entry is kept."""
+        ranks = rows * (cols // self.block)
+        full, rest = divmod(ranks, self.ranks_per_word)
+        bits = full * word_bits(self.choices, self.ranks_per_word) + (word_bits(self.choices, rest) if rest else 0)
+        return -(-bits // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Free:
+    """Any `nonzeros` entries: values (nonzeros,) in row-major order beside a bitmap of rows * cols bits."""
+
+    nonzeros: int
+    kind: Literal["free"] = "free"
+
+    def support_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of the bitmap."""
+        return -(-rows * cols // 8)
+
+
+Layout = Dense | Fixed | Free
+_LAYOUTS: dict[str, type[Dense] | type[Fixed] | type[Free]] = {"dense": Dense, "fixed": Fixed, "free": Free}
+
+Coding = Literal["float32", "bfloat16", "float16", "int8"]
+VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def word_bits(choices: int, ranks: int) -> int:
+    """Bits of a word that holds `ranks` ranks, each below `choices`."""
+    return (choices**ranks - 1).bit_length()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSpec:
+    """One stored matrix: rows x cols, its layout, its coding.
+
+    `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column); `scale_coding` is the scales'
+    own dtype; `dynamic` that the inputs of its product are rounded to int8 as they come.
+    """
+
+    rows: int
+    cols: int
+    layout: Layout = field(default_factory=Dense)
+    coding: Coding = "float32"
+    scale_axis: Literal[0, 1] = 0
+    scale_coding: Coding = "float32"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
+            raise SettingError(f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor")
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the stored values tensor."""
+        match self.layout:
+            case Dense():
+                return (self.rows, self.cols)
+            case Fixed(block=block, nonzeros=nonzeros):
+                return (self.rows, self.cols // block, nonzeros)
+            case Free(nonzeros=nonzeros):
+                return (nonzeros,)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.values_shape) * VALUE_BYTES[self.coding]
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the packed support."""
+        return 0 if isinstance(self.layout, Dense) else self.layout.support_bytes(self.rows, self.cols)
+
+    @property
+    def scale_count(self) -> int:
+        """Number of scales: 0 for floating-point values."""
+        return 0 if self.coding != "int8" else (self.rows, self.cols)[self.scale_axis]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of values, indices and scales."""
+        return self.value_bytes + self.index_bytes + self.scale_count * VALUE_BYTES[self.scale_coding]
+
+    @property
+    def facts(self) -> Facts:
+        """The facts of this matrix, but for `factor`, which its weight knows."""
+        words = {Fact.DENSE if isinstance(self.layout, Dense) else Fact.SPARSE}
+        words |= {Fact.INT8} if self.coding == "int8" else {Fact.FLOAT, Fact.TRAINABLE}
+        return frozenset(words | ({Fact.DYNAMIC} if self.dynamic else set()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """One compressed logical weight: its kind, its matrices and every module path that uses it.
+
+    `kind` is what the first path is: `linear` or `embedding` (a tied output head is a second path of an embedding).
+    """
+
+    id: str
+    kind: Literal["linear", "embedding"]
+    rows: int
+    cols: int
+    paths: tuple[str, ...]
+    matrices: Mapping[str, MatrixSpec]
+    transposed: bool = False
+
+    @property
+    def factored(self) -> bool:
+        """Whether the weight is a product of two matrices."""
+        return "basis" in self.matrices
+
+    @property
+    def dense_count(self) -> int:
+        """Entries of the weight when it is dense."""
+        return self.rows * self.cols
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all its matrices."""
+        return sum(matrix.total_bytes for matrix in self.matrices.values())
+
+    def parts(self) -> "dict[str, Facts]":
+        """The facts of every part."""
+        extra = frozenset({Fact.FACTOR}) if self.factored else frozenset[Fact]()
+        return {name: matrix.facts | extra for name, matrix in self.matrices.items()}
+
+    def with_matrix(self, name: str, matrix: MatrixSpec) -> "WeightSpec":
+        """The same weight with one matrix replaced."""
+        return replace(self, matrices={**self.matrices, name: matrix})
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` reads it back."""
+        return {
+            "kind": self.kind,
+            "shape": [self.rows, self.cols],
+            "paths": list(self.paths),
+            "transposed": self.transposed,
+            "matrices": {name: _matrix_to_json(matrix) for name, matrix in self.matrices.items()},
+        }
+
+    @staticmethod
+    def from_json(id_: str, data: Mapping[str, Any]) -> "WeightSpec":
+        """The weight that `to_json` wrote; raises CheckpointError on anything else."""
+        try:
+            return WeightSpec(
+                id=id_,
+                kind=data["kind"],
+                rows=data["shape"][0],
+                cols=data["shape"][1],
+                paths=tuple(data["paths"]),
+                transposed=data["transposed"],
+                matrices={name: _matrix_from_json(matrix) for name, matrix in data["matrices"].items()},
+            )
+        except (KeyError, TypeError, IndexError, SettingError) as error:
+            raise CheckpointError(f"{id_}: its description in config.json is damaged ({error!r}); save it again") from error
+
+
+def _matrix_to_json(matrix: MatrixSpec) -> dict[str, Any]:
+    data = {name: getattr(matrix, name) for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic")}
+    return {**data, "layout": dict(vars(matrix.layout))}
+
+
+def _matrix_from_json(data: Mapping[str, Any]) -> MatrixSpec:
+    layout = dict(data["layout"])
+    rest = {name: value for name, value in data.items() if name != "layout"}
+    return MatrixSpec(**rest, layout=_LAYOUTS[layout.pop("kind")](**layout))

@@ -1,0 +1,38 @@
+"""8-bit weights and 8-bit inputs, rounded as they come."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from stackcomp import nn
+from stackcomp.core.contract import Contract
+from stackcomp.core.facts import Fact, facts
+from stackcomp.core.passes import Findings, Pass
+
+if TYPE_CHECKING:
+    import torch
+
+    from stackcomp.core.context import Context
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Int8Dynamic(Pass):
+    """Round the selected weights to 8 bits, and the inputs of each of their products too, one scale a token, as they come.
+
+    Weights as in `Int8Weights`; products are sums of 8-bit integers. In a factored layer the thin vector between the two products is
+    rounded as well. The arithmetic is torchao's (symmetric; tokens for inputs, rows for weights).
+    """
+
+    paper: ClassVar[str] = "Zafrir et al., Q8BERT, arXiv:1910.06188"
+
+    @property
+    def contract(self) -> Contract:
+        return Contract(
+            requires=facts(Fact.FLOAT),
+            adds=facts(Fact.INT8, Fact.DYNAMIC),
+            removes=facts(Fact.FLOAT, Fact.TRAINABLE),
+        )
+
+    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+        for id_ in context.progress(context.targets, label="rounding"):
+            nn.quantize(model, id_, dynamic=True)
+        return {}

@@ -1,0 +1,85 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stackcomp.core.errors import CheckpointError, SettingError
+from stackcomp.core.facts import Fact
+from stackcomp.core.spec import Dense, Fixed, Free, MatrixSpec, WeightSpec, word_bits
+
+
+@given(st.integers(1, 64), st.data())
+def test_packed_supports_cost_about_the_logarithm_of_their_number(block, data):
+    layout = Fixed(block=block, nonzeros=data.draw(st.integers(1, block)))
+    rows, cols = data.draw(st.integers(1, 40)), block * data.draw(st.integers(1, 6))
+    exact = rows * (cols // block) * math.log2(layout.choices) / 8
+    words = math.ceil(rows * (cols // block) / layout.ranks_per_word)
+    assert exact <= layout.support_bytes(rows, cols) + 1e-9
+    assert layout.support_bytes(rows, cols) <= exact + words / 8 + 1
+
+
+def test_known_prices():
+    assert Fixed(block=4, nonzeros=2).support_bytes(384, 384) * 8 / 384 / 384 < 0.66  # log2(6) / 4 = 0.646 bits an entry
+    assert Fixed(block=8, nonzeros=8).support_bytes(100, 8) == 0  # low rank has no index to store
+    assert Free(nonzeros=5).support_bytes(3, 7) == 3
+    assert word_bits(6, 1) == 3
+
+
+def test_total_bytes_count_values_indices_and_scales():
+    matrix = MatrixSpec(rows=10, cols=64, layout=Fixed(block=32, nonzeros=8), coding="int8")
+    assert matrix.value_bytes == 10 * 2 * 8
+    assert matrix.scale_count == 10
+    assert matrix.total_bytes == matrix.value_bytes + matrix.index_bytes + 40
+
+
+def test_facts_follow_layout_and_coding():
+    assert MatrixSpec(rows=2, cols=2).facts == {Fact.FLOAT, Fact.DENSE, Fact.TRAINABLE}
+    assert MatrixSpec(rows=2, cols=4, layout=Free(nonzeros=2), coding="int8", dynamic=True).facts == {
+        Fact.INT8,
+        Fact.SPARSE,
+        Fact.DYNAMIC,
+    }
+
+
+@pytest.mark.parametrize(("block", "nonzeros"), [(4, 5), (4, 0)])
+def test_more_nonzeros_than_atoms_is_refused(block, nonzeros):
+    with pytest.raises(SettingError, match=f"nonzeros={nonzeros}.*block={block}"):
+        Fixed(block=block, nonzeros=nonzeros)
+
+
+def test_a_block_that_does_not_divide_is_refused():
+    with pytest.raises(SettingError, match="block=5 does not divide the 12 columns"):
+        MatrixSpec(rows=2, cols=12, layout=Fixed(block=5, nonzeros=2))
+
+
+WEIGHT = WeightSpec(
+    id="a.b",
+    kind="linear",
+    rows=6,
+    cols=8,
+    paths=("a.b", "a.c"),
+    transposed=True,
+    matrices={
+        "basis": MatrixSpec(rows=4, cols=6, coding="bfloat16"),
+        "coefficients": MatrixSpec(rows=8, cols=4, layout=Fixed(block=4, nonzeros=2), coding="int8", scale_axis=1),
+    },
+)
+
+
+def test_a_weight_reads_back_from_json():
+    assert WeightSpec.from_json("a.b", json.loads(json.dumps(WEIGHT.to_json()))) == WEIGHT
+
+
+@pytest.mark.parametrize("harm", [{"matrices": {"weight": {"layout": {"kind": "odd"}}}}, {"shape": [3]}, {"kind": None, "paths": 3}])
+def test_a_damaged_description_is_refused(harm):
+    with pytest.raises(CheckpointError, match=r"a\.b"):
+        WeightSpec.from_json("a.b", {**WEIGHT.to_json(), **harm})
+
+
+def test_layouts_of_a_dense_weight():
+    dense = WeightSpec(id="w", kind="linear", rows=3, cols=5, paths=("w",), matrices={"weight": MatrixSpec(rows=3, cols=5)})
+    assert dense.total_bytes == 60
+    assert dense.matrices["weight"].layout == Dense()
+    assert not dense.factored
