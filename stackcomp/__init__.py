@@ -1,6 +1,7 @@
 """stackcomp: compress text transformers by stacking techniques, and measure what each one gives.
 
-Importing the package is light: torch is imported when first used. Importing it also teaches `transformers` to load our checkpoints.
+Importing the package is light: torch is imported when first used. Importing it also teaches `transformers` to
+load our checkpoints.
 """
 
 from typing import Any
@@ -15,13 +16,27 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.passes import registered
 
 __version__ = "0.1.0"
-__all__ = ["Contract", "Fact", "Ledger", "Need", "Pass", "PassManager", "Pipeline", "check", "errors", "load", "parse", "tasks"]
+__all__ = [
+    "Contract",
+    "Fact",
+    "Ledger",
+    "Need",
+    "Pass",
+    "PassManager",
+    "Pipeline",
+    "check",
+    "errors",
+    "load",
+    "parse",
+    "tasks",
+]
 
 _hooks.on_transformers_import()
 
 
 def parse(text: str) -> Pipeline:
-    """The pipeline that `text` declares, read without running it; registered passes and literal settings only."""
+    """The pipeline that `text` declares, read without running it; registered passes and literal settings
+    only."""
     return Pipeline.parse(text, registered())
 
 
@@ -42,7 +57,9 @@ def __getattr__(name: str) -> Any:
         from stackcomp.data import tasks
 
         return tasks
-    if name[:1].isupper() and name in registered():  # a pass; never a subpackage, which would be asked for while passes load
+    if (
+        name[:1].isupper() and name in registered()
+    ):  # a pass; never a subpackage, which would be asked for while passes load
         return registered()[name]
     raise AttributeError(f"module 'stackcomp' has no attribute {name!r}")
 

@@ -1,1 +1,2 @@
-def on_transformers_import(): pass
+def on_transformers_import():
+    pass

@@ -1,7 +1,8 @@
 """The command line: `stackcomp check | run | show | passes`.
 
-Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full disk), 130 when interrupted.
-Results go to standard output, messages to standard error. Torch is imported by `run` only.
+Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
+disk), 130 when interrupted. Results go to standard output, messages to standard error. Torch is imported by
+`run` only.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
-from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.passes import Pass
+from stackcomp.core.pipeline import Pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,28 +31,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print("stackcomp: the disk is full; nothing is half-written: free some space, then run again with --resume", file=sys.stderr)
+        print(
+            "stackcomp: the disk is full; nothing is half-written: free some space, then run again with --resume",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
-        print("stackcomp: interrupted; run again with --resume to go on from the last finished pass", file=sys.stderr)
+        print(
+            "stackcomp: interrupted; run again with --resume to go on from the last finished pass",
+            file=sys.stderr,
+        )
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stackcomp", description="Compress text transformers by stacking techniques, and measure what each one gives."
+        prog="stackcomp",
+        description="Compress text transformers by stacking techniques, and measure what each one gives.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("check", help="judge a pipeline without reading a weight")
-    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `pipeline`, and may define `model` (a folder or hub name)")
+    command.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE.py",
+        help="defines `pipeline`, and may define `model` (a folder or hub name)",
+    )
     command.set_defaults(command=_check)
 
-    command = commands.add_parser("run", help="run a pipeline; leaves checkpoint, recipe and ledger in a folder")
+    command = commands.add_parser(
+        "run", help="run a pipeline; leaves checkpoint, recipe and ledger in a folder"
+    )
     command.add_argument("file", type=Path, metavar="FILE.py", help="defines `pipeline`, `model` and `task`")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     command.add_argument("--resume", action="store_true", help="go on from the last finished pass in DIR")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)"
+    )
     command.set_defaults(command=_run)
 
     command = commands.add_parser("show", help="print the ledger of a finished or running folder")
@@ -59,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="the whole ledger as JSON")
     command.set_defaults(command=_show)
 
-    command = commands.add_parser("passes", help="list all registered passes with settings, contract and paper")
+    command = commands.add_parser(
+        "passes", help="list all registered passes with settings, contract and paper"
+    )
     command.set_defaults(command=_passes)
     return parser
 
@@ -75,7 +94,11 @@ def _check(options: argparse.Namespace) -> int:
     weights = len(plans[-1].weights)
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
     for index, step in enumerate(pipeline.flat()):
-        chosen = "trains the whole model" if step.contract.trains else _count(plans[index].select(only=step.only, skip=step.skip))
+        chosen = (
+            "trains the whole model"
+            if step.contract.trains
+            else _count(plans[index].select(only=step.only, skip=step.skip))
+        )
         print(f"  {index + 1}. {step}: {chosen}")
     return 0
 
@@ -89,22 +112,28 @@ def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(found, options.file)
     for name in ("model", "task"):
         if name not in found:
-            raise PipelineFileError(f"{options.file} defines no `{name}`: `run` needs pipeline, model and task")
+            raise PipelineFileError(
+                f"{options.file} defines no `{name}`: `run` needs pipeline, model and task"
+            )
     from stackcomp.manager import PassManager, check
 
     if isinstance(found["model"], str | Path):
         check(pipeline, found["model"])
-    model = found["model"]() if callable(found["model"]) and not hasattr(found["model"], "forward") else found["model"]
-    manager = PassManager(out=options.out, task=found["task"], tokenizer=_tokenizer(found, model, options.file), seed=options.seed)
+    model = (
+        found["model"]()
+        if callable(found["model"]) and not hasattr(found["model"], "forward")
+        else found["model"]
+    )
+    manager = PassManager(
+        out=options.out,
+        task=found["task"],
+        tokenizer=_tokenizer(found, model, options.file),
+        seed=options.seed,
+    )
     result = manager.run(model, pipeline, resume=options.resume)
     print(result.ledger)
-    print(farewell(result.directory))
+    print(result.farewell)
     return 0
-
-
-def farewell(directory: Path) -> str:
-    """Where the result is, and the two lines that load it."""
-    return f"\nThe compressed model is in {directory}. Load it with\n\n    import stackcomp\n    model = stackcomp.load({str(directory)!r})"
 
 
 def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
@@ -117,7 +146,9 @@ def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise PipelineFileError(f"{file}: no tokenizer beside the model ({source!r}): define `tokenizer` in the file") from error
+        raise PipelineFileError(
+            f"{file}: no tokenizer beside the model ({source!r}): define `tokenizer` in the file"
+        ) from error
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -125,7 +156,9 @@ def _show(options: argparse.Namespace) -> int:
 
     path = options.directory / "ledger.json"
     if not path.is_file():
-        raise CheckpointError(f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote")
+        raise CheckpointError(
+            f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote"
+        )
     found = ledger.read(path.read_text("utf8"))
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
     return 0
@@ -143,7 +176,13 @@ def describe(cls: type[Pass]) -> str:
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     default = cls()
     settings = ", ".join(f"{field.name}={getattr(default, field.name)!r}" for field in fields(cls))
-    lines = [cls.__name__, f"  {summary}", f"  settings: {settings}", f"  contract: {default.contract}", f"  paper: {cls.paper}"]
+    lines = [
+        cls.__name__,
+        f"  {summary}",
+        f"  settings: {settings}",
+        f"  contract: {default.contract}",
+        f"  paper: {cls.paper}",
+    ]
     return "\n".join(lines)
 
 
@@ -157,7 +196,9 @@ def read_file(path: Path) -> dict[str, Any]:
         raise
     except (Exception, SystemExit) as error:
         line = _line_in(path, error)
-        raise PipelineFileError(f"{path}{line}: {type(error).__name__}: {error}; mend the file, then try again") from error
+        raise PipelineFileError(
+            f"{path}{line}: {type(error).__name__}: {error}; mend the file, then try again"
+        ) from error
 
 
 def _line_in(path: Path, error: BaseException) -> str:
@@ -177,7 +218,9 @@ def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:
     if isinstance(pipeline, Pass):
         return Pipeline(pipeline)
     if not isinstance(pipeline, Pipeline):
-        raise SettingError(f"{file}: pipeline={pipeline!r} is no Pipeline: write pipeline = stackcomp.Pipeline(...)")
+        raise SettingError(
+            f"{file}: pipeline={pipeline!r} is no Pipeline: write pipeline = stackcomp.Pipeline(...)"
+        )
     return pipeline
 
 

@@ -2,10 +2,11 @@
 
 The data flow of a run:
 
-    check the whole pipeline on facts -> for each pass: load the checkpoint before it, apply, compare facts, save, reload, measure
+    check the whole pipeline on facts -> for each pass: load the checkpoint before it, apply, compare facts,
+    save, reload, measure
 
-Every pass starts from the files of the one before it, and every figure is measured on files: what the ledger says is what a user
-loads, and a resumed run cannot differ from one that was never stopped.
+Every pass starts from the files of the one before it, and every figure is measured on files: what the ledger
+says is what a user loads, and a resumed run cannot differ from one that was never stopped.
 """
 
 import gc
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackcomp.core import contract, fingerprint, headers
-from stackcomp.core.contract import Need
 from stackcomp.core.context import Context, Progress, quiet
+from stackcomp.core.contract import Need
 from stackcomp.core.errors import MissingNeed, NothingToCompress, OutputInUse, UnsupportedModel
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.ledger import Ledger, Measured, Row
@@ -47,13 +48,22 @@ class Result:
     ledger: Ledger
     directory: Path
 
+    @property
+    def farewell(self) -> str:
+        """Where the result is, and the two lines that load it."""
+        return (
+            f"\nThe compressed model is in {self.directory}. Load it with\n\n"
+            f"    import stackcomp\n    model = stackcomp.load({str(self.directory)!r})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring:
     """What is measured after each pass.
 
-    split and limit: the examples the score is taken on, all of the task's test split unless said; latency: whether to time the model,
-    on `latency_batch` texts of `latency_length` tokens, `latency_repeats` times beside the model as it came.
+    split and limit: the examples the score is taken on, all of the task's test split unless said; latency:
+    whether to time the model, on `latency_batch` texts of `latency_length` tokens, `latency_repeats` times
+    beside the model as it came.
     """
 
     split: str = "test"
@@ -66,10 +76,12 @@ class Measuring:
 
 
 def check(pipeline: Pipeline | Pass, model: "nn.Module | str | Path | None" = None) -> list[Plan]:
-    """Judge a whole pipeline without reading a weight; returns the plans before the first pass and after each.
+    """Judge a whole pipeline without reading a weight; returns the plans before the first pass and after
+    each.
 
-    `model` is a module, a folder or a hub name (config and headers are read), or None for a plain dense model of the first family on
-    which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress or UnsupportedModel.
+    `model` is a module, a folder or a hub name (config and headers are read), or None for a plain dense model
+    of the first family on which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress
+    or UnsupportedModel.
     """
     from stackcomp.core.errors import SelectionEmpty
 
@@ -91,7 +103,9 @@ def plan_of(model: "nn.Module") -> Plan:
 
     plan = Plan.of(handle.spec for handle in nn.weights(model).values())
     if not any(weight.kind == "linear" for weight in plan.weights):
-        raise NothingToCompress(f"{type(model).__name__} has no linear layer: stackcomp compresses nn.Linear and Conv1D layers")
+        raise NothingToCompress(
+            f"{type(model).__name__} has no linear layer: stackcomp compresses nn.Linear and Conv1D layers"
+        )
     return plan
 
 
@@ -99,25 +113,30 @@ def plan_of(model: "nn.Module") -> Plan:
 class PassManager:
     """Runs pipelines into the folder `out`.
 
-    task: gives training data, calibration text and the score; without one, passes that need none still run, unscored. tokenizer: of
-    the model. seed: of every random choice. device: "cpu" or a torch device. progress: draws bars; `stackcomp.core.context.quiet` draws
-    none. calibration: texts to use in place of the task's training split.
+    task: gives training data, calibration text and the score; without one, passes that need none still run,
+    unscored. tokenizer: of the model, or where to load it from. seed: of every random choice. device: "cpu"
+    or a torch device. progress: draws bars; `stackcomp.core.context.quiet` draws none. calibration: texts to
+    use in place of the task's training split.
     """
 
     out: str | Path
     task: "Task | None" = None
-    tokenizer: "PreTrainedTokenizerBase | None" = None
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None
     seed: int = 0
     device: str = "cpu"
     measuring: Measuring = Measuring()
     calibration: Sequence[Any] | None = None
     progress: Progress | None = None
 
-    def run(self, model: "nn.Module | str | Path", pipeline: Pipeline | Pass, *, resume: bool = False) -> Result:
-        """Check, then run `pipeline` on `model` (never changed) and leave checkpoint, recipe and ledger in `out`.
+    def run(
+        self, model: "nn.Module | str | Path", pipeline: Pipeline | Pass, *, resume: bool = False
+    ) -> Result:
+        """Check, then run `pipeline` on `model` (never changed) and leave checkpoint, recipe and ledger in
+        `out`.
 
-        With `resume`, passes that `out` holds finished for the same input, settings and versions are not run again. Raises
-        PipelineRefused, MissingNeed or BadWeights before any compute, OutputInUse when `out` holds something else.
+        With `resume`, passes that `out` holds finished for the same input, settings and versions are not run
+        again. Raises PipelineRefused, MissingNeed or BadWeights before any compute, OutputInUse when `out`
+        holds something else.
         """
         from stackcomp import nn
 
@@ -131,7 +150,9 @@ class PassManager:
             remove_partial(out)
             (out / "steps").mkdir(exist_ok=True)
             remove_partial(out / "steps")
-            return _Run(manager=self, out=out, source=source, passes=pipeline.flat(), plans=plans, text=repr(pipeline)).go()
+            return _Run(
+                manager=self, out=out, source=source, passes=pipeline.flat(), plans=plans, text=repr(pipeline)
+            ).go()
 
     def _module(self, model: "nn.Module | str | Path") -> "PreTrainedModel":
         """The model in memory; a path or hub name is loaded, with the head of the task where there is one."""
@@ -141,7 +162,9 @@ class PassManager:
             return model
         if isinstance(model, str | Path):
             return load_model(model, self.task)
-        raise UnsupportedModel(f"model={type(model).__name__} is no transformers model: give a PreTrainedModel, a folder or a hub name")
+        raise UnsupportedModel(
+            f"model={type(model).__name__} is no transformers model: give a PreTrainedModel, a folder or a hub name"
+        )
 
     def _check_needs(self, pipeline: Pipeline | Pass) -> None:
         for step in pipeline.flat():
@@ -149,13 +172,19 @@ class PassManager:
             if needs & {Need.LABELS, Need.TEXT} and self.task is None:
                 raise MissingNeed(f"{step.name} needs a task to train on: PassManager(task=...)")
             if Need.CALIBRATION in needs and self.task is None and self.calibration is None:
-                raise MissingNeed(f"{step.name} needs calibration text: PassManager(task=...) or PassManager(calibration=[...])")
+                raise MissingNeed(
+                    f"{step.name} needs calibration text: PassManager(task=...) or PassManager(calibration=[...])"
+                )
             if needs and self.tokenizer is None:
                 raise MissingNeed(f"{step.name} reads text: PassManager(tokenizer=...)")
             if Need.LABELS in needs and self.task is not None and self.task.label is None:
-                raise MissingNeed(f"{step.name} needs labels, and task {self.task.name!r} has none: name its label column")
+                raise MissingNeed(
+                    f"{step.name} needs labels, and task {self.task.name!r} has none: name its label column"
+                )
         if self.task is not None and self.tokenizer is None:
-            raise MissingNeed(f"task {self.task.name!r} cannot be scored without a tokenizer: PassManager(tokenizer=...)")
+            raise MissingNeed(
+                f"task {self.task.name!r} cannot be scored without a tokenizer: PassManager(tokenizer=...)"
+            )
 
     def _claim(self, out: Path, resume: bool) -> None:
         """Make `out` ours, or raise OutputInUse."""
@@ -165,7 +194,9 @@ class PassManager:
         if held and not (out / RUN_FILE).is_file():
             raise OutputInUse(f"{out} holds something else: give an empty or new folder")
         if held and not resume:
-            raise OutputInUse(f"{out} holds a run: continue it with resume=True (--resume), or give another folder")
+            raise OutputInUse(
+                f"{out} holds a run: continue it with resume=True (--resume), or give another folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
         if not held:
             write_atomic(out / RUN_FILE, json.dumps({"format": FORMAT}))
@@ -192,7 +223,10 @@ class _Run:
             if step >= done:
                 self._make(step, chain[step])
             row = self._row(step)
-            row = replace(row, measured=measured[row.fingerprint] if row.fingerprint in measured else self._measure(step))
+            row = replace(
+                row,
+                measured=measured[row.fingerprint] if row.fingerprint in measured else self._measure(step),
+            )
             ledger = ledger.with_row(row)
             write_atomic(self.out / "ledger.json", json.dumps(ledger.to_json(), indent=1))
         self._publish(ledger)
@@ -241,7 +275,8 @@ class _Run:
         }
 
     def _finished(self, chain: list[str]) -> int:
-        """How many leading steps, the model as it came included, are on disk whole and with these fingerprints."""
+        """How many leading steps, the model as it came included, are on disk whole and with these
+        fingerprints."""
         from stackcomp import checkpoint
         from stackcomp.core.errors import CheckpointError
 
@@ -451,7 +486,8 @@ class _Run:
 
 
 def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
-    """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of `task`."""
+    """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of
+    `task`."""
     import transformers
 
     from stackcomp import checkpoint

@@ -29,9 +29,9 @@ def quiet(items: Iterable[Item], /, label: str, total: int | None = None) -> Ite
 class Context:
     """What a pass may read while it runs.
 
-    targets: ids of the weights it may change, in model order; seed: of every random choice; scratch: a private folder that lives until
-    the pass has finished, where a training pass keeps what it resumes from; teacher: loads the model as it came, when first called;
-    calibration: unlabelled sentences.
+    targets: ids of the weights it may change, in model order; seed: of every random choice; scratch: a
+    private folder that lives until the pass has finished, where a training pass keeps what it resumes from;
+    teacher: loads the model as it came, when first called; calibration: unlabelled sentences.
     """
 
     targets: tuple[str, ...]

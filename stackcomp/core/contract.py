@@ -1,7 +1,8 @@
 """What a pass promises about facts, and the static walk that judges a whole pipeline by these promises.
 
-A contract is one declaration a pass. Legality is never a table of pairs of names: a plan is walked through the contracts in order, and
-a step is refused when a part it selects lacks a fact it requires or has one it forbids, in any form the weight may have by then.
+A contract is one declaration a pass. Legality is never a table of pairs of names: a plan is walked through
+the contracts in order, and a step is refused when a part it selects lacks a fact it requires or has one it
+forbids, in any form the weight may have by then.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +31,11 @@ class Need(StrEnum):
 class Contract:
     """What a pass asks of every part it selects, and what it leaves.
 
-    requires, forbids: facts each selected part must have, must not have;
-    adds, removes: facts each selected part gains, loses; all others are preserved;
-    becomes: the forms a selected weight may take when the pass rebuilds it (facts by part name), in place of adds and removes;
-    may_leave: a selected weight may stay as it was (too small to gain; a setting that asks for nothing);
-    trains: the pass takes gradient steps over the whole model and touches no fact;
-    needs: what the manager must be given.
+    requires, forbids: facts each selected part must have, must not have; adds, removes: facts each selected
+    part gains, loses; all others are preserved; becomes: the forms a selected weight may take when the pass
+    rebuilds it (facts by part name), in place of adds and removes; may_leave: a selected weight may stay as
+    it was (too small to gain; a setting that asks for nothing); trains: the pass takes gradient steps over
+    the whole model and touches no fact; needs: what the manager must be given.
     """
 
     requires: Facts = frozenset()
@@ -51,7 +51,12 @@ class Contract:
         """One line for the list of passes: `requires float, dense; forbids factor; needs calibration`."""
         said = [
             f"{name} {spell(words)}"
-            for name, words in (("requires", self.requires), ("forbids", self.forbids), ("adds", self.adds), ("removes", self.removes))
+            for name, words in (
+                ("requires", self.requires),
+                ("forbids", self.forbids),
+                ("adds", self.adds),
+                ("removes", self.removes),
+            )
             if words
         ]
         said += [f"may leave [{spell_form(form(parts))}]" for parts in self.becomes]
@@ -81,7 +86,8 @@ class Contract:
 
 
 def predict(passes: Sequence["Pass"], plan: Plan) -> list[Plan]:
-    """The plans before the first pass and after each one; raises PipelineRefused for the first step that cannot follow.
+    """The plans before the first pass and after each one; raises PipelineRefused for the first step that
+    cannot follow.
 
     Raises NothingToCompress when a step selects no weight, SelectionEmpty when a glob matches none.
     """
@@ -105,9 +111,12 @@ def legal(passes: Sequence["Pass"], plan: Plan) -> bool:
 
 
 def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | None:
-    """A legal order of the same passes, the first one in the order of declaration; None when there is none."""
+    """A legal order of the same passes, the first one in the order of declaration; None when there is
+    none."""
 
-    def search(done: tuple["Pass", ...], rest: tuple["Pass", ...], current: Plan) -> tuple["Pass", ...] | None:
+    def search(
+        done: tuple["Pass", ...], rest: tuple["Pass", ...], current: Plan
+    ) -> tuple["Pass", ...] | None:
         if not rest:
             return done
         for index, step in enumerate(rest):
@@ -124,12 +133,15 @@ def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | No
 
 
 def verify(step: "Pass", predicted: Plan, found: Plan) -> None:
-    """Compare the plan a pass predicted with the one it left; raises ContractBroken that names the pass and the layer."""
+    """Compare the plan a pass predicted with the one it left; raises ContractBroken that names the pass and
+    the layer."""
     expected = {weight.id: weight for weight in predicted.weights}
     real = {weight.id: weight for weight in found.weights}
     if expected.keys() != real.keys():
         odd = ", ".join(sorted(expected.keys() ^ real.keys()))
-        raise ContractBroken(f"{step.name} changed which weights there are ({odd}), against its contract; mend the pass")
+        raise ContractBroken(
+            f"{step.name} changed which weights there are ({odd}), against its contract; mend the pass"
+        )
     for id_, weight in real.items():
         (actual,) = weight.forms
         if actual not in expected[id_].forms:
@@ -143,9 +155,9 @@ def verify(step: "Pass", predicted: Plan, found: Plan) -> None:
 def _follow(step: "Pass", plan: Plan) -> Plan | None:
     """The plan after `step`, or None when the step is refused."""
     contract = step.contract
+    chosen = set(plan.select(only=step.only, skip=step.skip))
     if contract.trains:
         return plan
-    chosen = set(plan.select(only=step.only, skip=step.skip))
     if not chosen:
         raise NothingToCompress(
             f"{step.name} selects no weight (only={step.only!r}, skip={step.skip!r}): the model has "
@@ -158,7 +170,9 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
             continue
         if any(True for before in weight.forms for _ in contract.objections(before)):
             return None
-        weights.append(replace(weight, forms=frozenset().union(*(contract.after(before) for before in weight.forms))))
+        weights.append(
+            replace(weight, forms=frozenset().union(*(contract.after(before) for before in weight.forms)))
+        )
     return Plan(tuple(weights))
 
 
@@ -168,7 +182,9 @@ def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str
     chosen = plan.select(only=step.only, skip=step.skip)
     found: dict[tuple[str, Fact, bool], list[str]] = {}
     for id_ in chosen:
-        for objection in sorted({item for before in plan[id_].forms for item in step.contract.objections(before)}):
+        for objection in sorted(
+            {item for before in plan[id_].forms for item in step.contract.objections(before)}
+        ):
             found.setdefault(objection, []).append(id_)
     lines = [f"step {index + 1}, {step}, cannot run here:"]
     for (part, fact, required), ids in found.items():
@@ -190,7 +206,9 @@ def _culprit(
 
     def fine(plan: Plan) -> bool:
         words = [facts for parts in plan[id_].forms for _, facts in parts]
-        return all(fact in facts for facts in words) if required else not any(fact in facts for facts in words)
+        return (
+            all(fact in facts for facts in words) if required else not any(fact in facts for facts in words)
+        )
 
     for earlier in reversed(range(index)):
         if fine(plans[earlier]) and not fine(plans[earlier + 1]):

@@ -1,7 +1,8 @@
 """Every error stackcomp raises on purpose.
 
-One family, so that a caller can catch `StackcompError`; each message names the layer or setting, the value met, and the way out.
-Errors that Python has a word for inherit from it too (`ValueError`, `TypeError`, `RuntimeError`).
+One family, so that a caller can catch `StackcompError`; each message names the layer or setting, the value
+met, and the way out. Errors that Python has a word for inherit from it too (`ValueError`, `TypeError`,
+`RuntimeError`).
 """
 
 

@@ -1,7 +1,7 @@
 """The closed vocabulary of facts: words that are true of one stored part of a weight.
 
-Passes speak about weights in these words only; there is no list of pass names anywhere. A new fact is a new line here and in no
-other place.
+Passes speak about weights in these words only; there is no list of pass names anywhere. A new fact is a new
+line here and in no other place.
 """
 
 from enum import StrEnum

@@ -1,7 +1,7 @@
 """The small table of model families: what a checkpoint's header alone does not tell.
 
-A family is named by `model_type` of config.json. A model of another family still compresses: its layers are found by their types when
-it is loaded; the table only serves to describe a checkpoint without loading it.
+A family is named by `model_type` of config.json. A model of another family still compresses: its layers are
+found by their types when it is loaded; the table only serves to describe a checkpoint without loading it.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: the base model's attribute in a model with a head, its embeddings, and its output heads tied to the first of them.
+    """One family: the base model's attribute in a model with a head, its embeddings, and its output heads
+    tied to the first of them.
 
-    blocks is the glob of the repeated layers; stored_transposed are globs of weights kept as (input, output) in the file (`Conv1D`).
-    Paths are relative to the base model.
+    blocks is the glob of the repeated layers; stored_transposed are globs of weights kept as (input, output)
+    in the file (`Conv1D`). Paths are relative to the base model.
     """
 
     prefix: str
@@ -79,6 +80,8 @@ def word_embedding(family: Family, paths: list[str]) -> str | None:
 
 def ties_heads(config: Mapping[str, Any]) -> bool:
     """Whether a model of this config ties its output head to the word embedding."""
-    heads = config.get("architectures") or []
-    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")) for name in heads)
+    heads: list[str] = config.get("architectures") or []
+    has_head = any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")) for name in heads
+    )
     return has_head and bool(config.get("tie_word_embeddings", True))

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,8 +28,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+def whole_folder(path: Path) -> Generator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed when it
+    does not.
 
     Every file in it is fsynced before the rename. Raises OutputInUse when `path` exists and is not empty.
     """
@@ -74,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Hold `folder` for this process; the system lets go when the process ends, however it ends.
 
     Raises OutputInUse when another process holds it.
@@ -83,5 +84,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputInUse(f"{folder} is being written by another process: wait for it, or give another folder") from error
+            raise OutputInUse(
+                f"{folder} is being written by another process: wait for it, or give another folder"
+            ) from error
         yield

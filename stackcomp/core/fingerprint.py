@@ -1,6 +1,7 @@
 """Fingerprints: what a result depends on, as one digest, chained from pass to pass.
 
-Equal fingerprints on one machine type and thread count mean equal weights, so a finished pass need not run again.
+Equal fingerprints on one machine type and thread count mean equal weights, so a finished pass need not run
+again.
 """
 
 import ast
@@ -50,23 +51,31 @@ def source_digest(module: str) -> str:
 
     Read from the files, never by importing; a package that is imported stands for all its files.
     """
-    top = module.partition(".")[0]
     seen: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in seen:
+        path = None if name in seen else _file(name)
+        if path is None:
             continue
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        text = Path(spec.origin).read_text("utf8")
+        text = path.read_text("utf8")
         seen[name] = hashlib.sha256(text.encode()).hexdigest()
-        if spec.submodule_search_locations and name != top:
-            folder = Path(spec.origin).parent
-            waiting += [f"{name}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
-        waiting += _imports(text, top)
+        if path.name == "__init__.py" and "." in name:
+            waiting += [f"{name}.{inner.stem}" for inner in sorted(path.parent.glob("*.py")) if inner != path]
+        waiting += _imports(text, name.partition(".")[0])
     return digest(seen)
+
+
+def _file(name: str) -> Path | None:
+    """The source file of a module or package; None when there is none. Imports nothing but looks up the top
+    package."""
+    top, _, rest = name.partition(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        return None
+    base = Path(spec.origin) if not rest else Path(spec.origin).parent.joinpath(*rest.split("."))
+    candidates = [base] if not rest else [base / "__init__.py", base.with_name(f"{base.name}.py")]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _imports(text: str, top: str) -> list[str]:
@@ -76,14 +85,5 @@ def _imports(text: str, top: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [item.name for item in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            inside = [f"{node.module}.{item.name}" for item in node.names]
-            known = [name for name in inside if name.startswith(f"{top}.") and _is_module(name)]
-            found += known or [node.module]
+            found += [node.module, *(f"{node.module}.{item.name}" for item in node.names)]
     return [name for name in found if name.startswith(f"{top}.")]
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

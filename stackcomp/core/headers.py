@@ -1,9 +1,11 @@
-"""A plan from a checkpoint's config.json and safetensors headers alone: no weight is read and torch is not imported."""
+"""A plan from a checkpoint's config.json and safetensors headers alone: no weight is read and torch is not
+imported."""
 
 import json
 import struct
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +29,33 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES
         if length > min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path}: cut short or no safetensors file ({size} bytes); copy or save it again")
+            raise CheckpointError(
+                f"{path}: cut short or no safetensors file ({size} bytes); copy or save it again"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{path}: damaged safetensors header ({error}); copy or save it again") from error
+            raise CheckpointError(
+                f"{path}: damaged safetensors header ({error}); copy or save it again"
+            ) from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
-        raise CheckpointError(f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again")
+        raise CheckpointError(
+            f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again"
+        )
     return header, 8 + length
 
 
 def plan_of(directory: str | Path) -> Plan:
     """The plan of the model in `directory` (a local folder, or a name on the hub whose headers are fetched).
 
-    Raises UnsupportedModel when there is no model or its family is not in the table, CheckpointError when a file is damaged.
+    Raises UnsupportedModel when there is no model or its family is not in the table, CheckpointError when a
+    file is damaged.
     """
     config, tensors = _read(directory)
     ours = config.get("quantization_config")
-    stored = ours["weights"] if ours and ours.get("quant_method") == "stackcomp" else {}
+    stored: dict[str, Any] = ours["weights"] if ours and ours.get("quant_method") == "stackcomp" else {}
     compressed = [WeightSpec.from_json(id_, data) for id_, data in stored.items()]
     return Plan.of([*dense_weights(config, tensors, taken=compressed), *compressed])
 
@@ -54,7 +63,8 @@ def plan_of(directory: str | Path) -> Plan:
 def dense_weights(
     config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]], taken: list[WeightSpec]
 ) -> list[WeightSpec]:
-    """The dense logical weights among `tensors` (safetensors header entries by name), those `taken` left out."""
+    """The dense logical weights among `tensors` (safetensors header entries by name), those `taken` left
+    out."""
     kind = config.get("model_type", "")
     if kind not in FAMILIES:
         raise UnsupportedModel(
@@ -66,7 +76,12 @@ def dense_weights(
     found: dict[str, WeightSpec] = {}
     for name, entry in tensors.items():
         path = name.removesuffix(".weight").removeprefix(f"{family.prefix}.")
-        if name.endswith(".weight") and len(entry["shape"]) == 2 and path not in covered and not _inside(path, covered):
+        if (
+            name.endswith(".weight")
+            and len(entry["shape"]) == 2
+            and path not in covered
+            and not _inside(path, covered)
+        ):
             found[path] = _dense(path, entry, family)
     words = word_embedding(family, [*found])
     if ties_heads(config) and words:
@@ -74,7 +89,7 @@ def dense_weights(
         embedding = found[words]
         for head in heads:
             found.pop(head, None)
-        found[words] = WeightSpec(**{**vars(embedding), "paths": (words, *heads)})
+        found[words] = replace(embedding, paths=(words, *heads))
     return list(found.values())
 
 
@@ -90,7 +105,9 @@ def _dense(path: str, entry: Mapping[str, Any], family: Family) -> WeightSpec:
     embedding = any(fnmatchcase(path, glob) for glob in family.embeddings)
     coding = _CODINGS.get(entry["dtype"])
     if coding is None:
-        raise UnsupportedModel(f"{path}: dtype {entry['dtype']} cannot be compressed; give a model in F32, BF16 or F16")
+        raise UnsupportedModel(
+            f"{path}: dtype {entry['dtype']} cannot be compressed; give a model in F32, BF16 or F16"
+        )
     return WeightSpec(
         id=path,
         kind="embedding" if embedding else "linear",
@@ -114,7 +131,9 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = json.loads((folder / "config.json").read_text("utf8"))
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged ({error}); copy or save it again") from error
+        raise CheckpointError(
+            f"{folder / 'config.json'}: damaged ({error}); copy or save it again"
+        ) from error
     tensors: dict[str, Any] = {}
     for file in files:
         tensors |= read_header(file)[0]
@@ -123,11 +142,11 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same from the hub: the config file and the headers, never the weights."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import HfApi
 
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text("utf8"))
-        found = get_safetensors_metadata(name)
+        config = json.loads(Path(HfApi().hf_hub_download(name, "config.json")).read_text("utf8"))
+        found = HfApi().get_safetensors_metadata(name)
     except Exception as error:
         raise UnsupportedModel(
             f"{name!r} is neither a folder with a model nor a name the hub gives ({type(error).__name__}): check the path"
@@ -141,12 +160,16 @@ def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def plain(kind: str) -> Plan:
-    """The plan of a plain dense model of a family: two layers of width 64 with a classifier, to check a pipeline without a model."""
+    """The plan of a plain dense model of a family: two layers of width 64 with a classifier, to check a
+    pipeline without a model."""
     family = FAMILIES[kind]
     width = 64
     entry = {"shape": [width, width], "dtype": "F32"}
     words = family.embeddings[0].replace("*_embeddings", "word_embeddings")
-    paths = [words, *(f"{family.blocks.replace('*', str(layer))}.{name}" for layer in range(2) for name in _INSIDE[kind])]
+    paths = [
+        words,
+        *(f"{family.blocks.replace('*', str(layer))}.{name}" for layer in range(2) for name in _INSIDE[kind]),
+    ]
     tensors = {f"{path}.weight": entry for path in [*paths, "pooler.dense", "classifier"]}
     return Plan.of(dense_weights({"model_type": kind}, tensors, taken=[]))
 

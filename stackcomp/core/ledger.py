@@ -1,7 +1,8 @@
 """The ledger: one row a pass, every figure measured on the checkpoint as it was reloaded.
 
-Sizes are bytes of the saved weights file, by component, and sum to its length. *compression* is the whole file's, dense / compressed;
-*layer compression* counts only the weights that a pass of the pipeline changes (`encoder compression` when these are the encoder).
+Sizes are bytes of the saved weights file, by component, and sum to its length. *compression* is the whole
+file's, dense / compressed; *layer compression* counts only the weights that a pass of the pipeline changes
+(`encoder compression` when these are the encoder).
 """
 
 import json
@@ -18,9 +19,10 @@ FORMAT = 1
 class Measured:
     """Score and speed of one checkpoint.
 
-    score: on the metric's 0-100 scale (perplexity as it is); noise: half its 95% bootstrap interval; difference: score minus that of the
-    model as it came, with its own paired-bootstrap noise; latency: milliseconds a batch, and the ratio to the model as it came
-    (below 1 is faster), interleaved in one process.
+    score: on the metric's 0-100 scale (perplexity as it is); noise: half its 95% bootstrap interval;
+    difference: score minus that of the model as it came, with its own paired-bootstrap noise; latency:
+    milliseconds a batch, and the ratio to the model as it came (below 1 is faster), interleaved in one
+    process.
     """
 
     metric: str | None = None
@@ -48,8 +50,8 @@ class Row:
     peak_memory_bytes: int
     components: Mapping[str, int]
     layer_bytes: int
-    findings: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    machine: Mapping[str, Any] = field(default_factory=dict[str, Any])
     measured: Measured = Measured()
 
     @property
@@ -72,13 +74,17 @@ class Ledger:
     def from_json(data: Mapping[str, Any]) -> "Ledger":
         """Read what `to_json` wrote; raises CheckpointError for another format."""
         if data.get("format") != FORMAT:
-            raise CheckpointError(f"ledger of format {data.get('format')!r}, this version reads {FORMAT}: update stackcomp")
-        rows = []
+            raise CheckpointError(
+                f"ledger of format {data.get('format')!r}, this version reads {FORMAT}: update stackcomp"
+            )
+        rows: list[Row] = []
         for raw in data["rows"]:
-            entry = {name: value for name, value in raw.items() if name != "size_bytes"}
-            row = Row(**{**entry, "measured": Measured(**entry["measured"])})
+            entry: dict[str, Any] = {name: value for name, value in raw.items() if name != "size_bytes"}
+            row = Row(**(entry | {"measured": Measured(**entry["measured"])}))
             if row.size_bytes != raw["size_bytes"]:
-                raise CheckpointError(f"ledger row {row.step}: components sum to {row.size_bytes}, not {raw['size_bytes']}; it was altered")
+                raise CheckpointError(
+                    f"ledger row {row.step}: components sum to {row.size_bytes}, not {raw['size_bytes']}; it was altered"
+                )
             rows.append(row)
         return Ledger(tuple(rows))
 
@@ -97,7 +103,16 @@ class Ledger:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Column titles and one list of cells a row, for the terminal, Markdown and pictures alike."""
         metric = self.rows[0].measured.metric if self.rows else None
-        titles = ["pass", "size", "whole file", "layers", f"{metric or 'score'} ± noise", "vs dense", "latency", "seconds"]
+        titles = [
+            "pass",
+            "size",
+            "whole file",
+            "layers",
+            f"{metric or 'score'} ± noise",
+            "vs dense",
+            "latency",
+            "seconds",
+        ]
         return titles, [self._cells(row) for row in self.rows]
 
     def _cells(self, row: Row) -> list[str]:
@@ -118,7 +133,10 @@ class Ledger:
         """The table as plain text."""
         titles, rows = self.table()
         widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-        lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in [titles, *rows]]
+        lines = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+            for cells in [titles, *rows]
+        ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
 

@@ -1,6 +1,8 @@
-"""`Pass`: one compression technique as a frozen dataclass. Its fields are its settings, its text and its identity.
+"""`Pass`: one compression technique as a frozen dataclass. Its fields are its settings, its text and its
+identity.
 
-A pass holds no policing code: the manager selects its weights, checks its contract before and after, times it, measures it, saves it.
+A pass holds no policing code: the manager selects its weights, checks its contract before and after, times
+it, measures it, saves it.
 """
 
 import re
@@ -25,15 +27,18 @@ Findings = Mapping[str, Any]  # what a pass found out, as JSON values, for the l
 class Pass(ABC):
     """Base of every pass. Every setting has a default, so that a pass can be built with none.
 
-    only, skip: globs on layer paths relative to the base model; `*` crosses dots and a matched module includes its children. With no
-    `only`, a pass works on every linear layer that is not tied to an embedding.
+    only, skip: globs on layer paths relative to the base model; `*` crosses dots and a matched module
+    includes its children. With no `only`, a pass works on every linear layer that is not tied to an
+    embedding.
     """
 
     only: Globs = None
     skip: Globs = None
 
     paper: ClassVar[str]  # where the technique comes from
-    idle: ClassVar[Mapping[str, Any] | None] = None  # settings with which the pass does nothing, if it has such
+    idle: ClassVar[Mapping[str, Any] | None] = (
+        None  # settings with which the pass does nothing, if it has such
+    )
 
     def __new__(cls, *args: Any, **settings: Any) -> "Pass":
         known = [field.name for field in fields(cls)]
@@ -53,7 +58,9 @@ class Pass(ABC):
             globs = (value,) if isinstance(value, str) else value
             if globs is None:
                 continue
-            if not (isinstance(globs, tuple | list) and globs and all(isinstance(glob, str) for glob in globs)):
+            if not (
+                isinstance(globs, tuple | list) and globs and all(isinstance(glob, str) for glob in globs)
+            ):
                 raise SettingError(f"{name}={value!r} is no glob: give a string or a tuple of strings")
             if isinstance(value, list):  # a list would make the pass unhashable
                 object.__setattr__(self, name, tuple(value))

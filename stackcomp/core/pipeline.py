@@ -18,7 +18,9 @@ class Pipeline:
     def __init__(self, *steps: "Pass | Pipeline") -> None:
         for step in steps:
             if not isinstance(step, Pass | Pipeline):
-                raise SettingError(f"a pipeline takes passes and pipelines, not {step!r}: build the pass, as in Int8Weights()")
+                raise SettingError(
+                    f"a pipeline takes passes and pipelines, not {step!r}: build the pass, as in Int8Weights()"
+                )
         object.__setattr__(self, "steps", tuple(steps))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -49,14 +51,17 @@ class Pipeline:
 
     @staticmethod
     def parse(text: str, registered: Mapping[str, type[Pass]]) -> "Pipeline":
-        """Read what `repr` wrote, without running it: calls of registered passes with literal settings, nothing else.
+        """Read what `repr` wrote, without running it: calls of registered passes with literal settings,
+        nothing else.
 
         Raises UnknownPass, UnknownSetting or SettingError.
         """
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
-            raise SettingError(f"not a pipeline: {text!r} ({error.msg}); write Pipeline(Pass(setting=value), ...)") from error
+            raise SettingError(
+                f"not a pipeline: {text!r} ({error.msg}); write Pipeline(Pass(setting=value), ...)"
+            ) from error
         step = _read(tree, registered)
         return step if isinstance(step, Pipeline) else Pipeline(step)
 

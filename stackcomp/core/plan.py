@@ -1,7 +1,8 @@
 """What is known of a model without reading a weight: its logical weights and the forms each may have.
 
-A *form* is the facts of each stored part. Before a pass has run, a weight may have several possible forms (a layer too small to gain
-is left as it was, and only the run tells which): a plan carries them all, and what the run finds must be among them.
+A *form* is the facts of each stored part. Before a pass has run, a weight may have several possible forms (a
+layer too small to gain is left as it was, and only the run tells which): a plan carries them all, and what
+the run finds must be among them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,8 @@ def spell_form(parts: Form) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
-    """One logical weight: rows x cols (output x input features), its module paths, and the forms it may have."""
+    """One logical weight: rows x cols (output x input features), its module paths, and the forms it may
+    have."""
 
     id: str
     kind: Literal["linear", "embedding"]
@@ -61,7 +63,8 @@ class Plan:
         )
 
     def select(self, *, only: Globs, skip: Globs) -> tuple[str, ...]:
-        """Ids of the weights that the globs select; with no `only`, every linear weight that is not tied to an embedding."""
+        """Ids of the weights that the globs select; with no `only`, every linear weight that is not tied to
+        an embedding."""
         chosen = select(
             [weight.paths for weight in self.weights],
             only=only,

@@ -1,7 +1,8 @@
 """Choosing layers by glob.
 
-A glob speaks of paths relative to the base model (`encoder.layer.0.attention.self.query`, `classifier`). `*` crosses dots, and a
-matched module includes its children: `encoder.layer.0` selects every weight of that layer.
+A glob speaks of paths relative to the base model (`encoder.layer.0.attention.self.query`, `classifier`). `*`
+crosses dots, and a matched module includes its children: `encoder.layer.0` selects every weight of that
+layer.
 """
 
 import difflib
@@ -27,6 +28,11 @@ def matches(path: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs for name in above)
 
 
+def chooses(path: str, *, only: Globs, skip: Globs) -> bool:
+    """Whether the globs leave `path` in: everything is in where there is no `only`."""
+    return (only is None or matches(path, as_tuple(only))) and not matches(path, as_tuple(skip))
+
+
 def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
     """The `count` names nearest to `wanted`, for messages."""
     names = list(dict.fromkeys(known))
@@ -34,11 +40,13 @@ def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(found) or "none"
 
 
-def select(paths: Sequence[tuple[str, ...]], *, only: Globs, skip: Globs, default: Sequence[bool]) -> list[bool]:
+def select(
+    paths: Sequence[tuple[str, ...]], *, only: Globs, skip: Globs, default: Sequence[bool]
+) -> list[bool]:
     """Which of the weights with these `paths` are selected.
 
-    With no `only`, those that `default` marks; a weight used at several paths is selected by any one of them and skipped by any one.
-    Raises SelectionEmpty for a glob that matches nothing.
+    With no `only`, those that `default` marks; a weight used at several paths is selected by any one of them
+    and skipped by any one. Raises SelectionEmpty for a glob that matches nothing.
     """
     everything = [path for group in paths for path in group]
     for setting, globs in (("only", as_tuple(only)), ("skip", as_tuple(skip))):

@@ -7,7 +7,8 @@ from stackcomp.core.errors import SettingError
 
 
 def within(name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False) -> None:
-    """Refuse a number outside [low, high], or (low, high] with `above`; refuses booleans, NaN and what is no number."""
+    """Refuse a number outside [low, high], or (low, high] with `above`; refuses booleans, NaN and what is no
+    number."""
     bracket = "(" if above else "["
     ok = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     if not ok or not (low < value if above else low <= value) or value > high:  # pyright: ignore[reportOperatorIssue]

@@ -3,12 +3,14 @@
 A logical weight W (`rows` x `cols`, output features x input features) is stored as one or two *matrices*:
 
 - whole: one matrix `weight`, the layer computes `x W^T`;
-- factored: `W = S D` block by block of input columns (`transposed=False`), or `W^T = S D` (`transposed=True`): matrices
-  `coefficients` (S, n x blocks*b) and `basis` (D, blocks*b x g), b atoms and g columns a block. Low rank is one block whose
-  coefficients are dense; dense-sparse has coefficients with a `Fixed` support.
+- factored: `W = S D` block by block of input columns (`transposed=False`), or `W^T = S D`
+  (`transposed=True`): matrices `coefficients` (S, n x blocks*b) and `basis` (D, blocks*b x g), b atoms and g
+  columns a block. Low rank is one block whose coefficients are dense; dense-sparse has coefficients with a
+  `Fixed` support.
 
-Each matrix has a layout (which entries are stored) and a coding (how a value is stored). Layout and coding are independent: that is
-what lets passes stack. These specs are what config.json carries, what facts are read from and what sizes are computed from.
+Each matrix has a layout (which entries are stored) and a coding (how a value is stored). Layout and coding
+are independent: that is what lets passes stack. These specs are what config.json carries, what facts are read
+from and what sizes are computed from.
 """
 
 import math
@@ -31,10 +33,12 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Exactly `nonzeros` entries in every `block` columns of every row: values (rows, cols / block, nonzeros).
+    """Exactly `nonzeros` entries in every `block` columns of every row: values (rows, cols / block,
+    nonzeros).
 
-    Covers dense-sparse supports (s of b atoms) and N:M sparsity (n of m columns). The support is stored by enumeration: the rank of
-    the chosen subset among all C(block, nonzeros), several ranks to a word where they are small.
+    Covers dense-sparse supports (s of b atoms) and N:M sparsity (n of m columns). The support is stored by
+    enumeration: the rank of the chosen subset among all C(block, nonzeros), several ranks to a word where
+    they are small.
     """
 
     block: int
@@ -64,7 +68,9 @@ class Fixed:
         """Bytes of the packed support of a rows x cols matrix; 0 when every entry is kept."""
         ranks = rows * (cols // self.block)
         full, rest = divmod(ranks, self.ranks_per_word)
-        bits = full * word_bits(self.choices, self.ranks_per_word) + (word_bits(self.choices, rest) if rest else 0)
+        bits = full * word_bits(self.choices, self.ranks_per_word) + (
+            word_bits(self.choices, rest) if rest else 0
+        )
         return -(-bits // 8)
 
 
@@ -96,8 +102,9 @@ def word_bits(choices: int, ranks: int) -> int:
 class MatrixSpec:
     """One stored matrix: rows x cols, its layout, its coding.
 
-    `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column); `scale_coding` is the scales'
-    own dtype; `dynamic` that the inputs of its product are rounded to int8 as they come.
+    `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column);
+    `scale_coding` is the scales' own dtype; `dynamic` that the inputs of its product are rounded to int8 as
+    they come.
     """
 
     rows: int
@@ -110,7 +117,9 @@ class MatrixSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
-            raise SettingError(f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor")
+            raise SettingError(
+                f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor"
+            )
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -155,7 +164,8 @@ class MatrixSpec:
 class WeightSpec:
     """One compressed logical weight: its kind, its matrices and every module path that uses it.
 
-    `kind` is what the first path is: `linear` or `embedding` (a tied output head is a second path of an embedding).
+    `kind` is what the first path is: `linear` or `embedding` (a tied output head is a second path of an
+    embedding).
     """
 
     id: str
@@ -214,11 +224,16 @@ class WeightSpec:
                 matrices={name: _matrix_from_json(matrix) for name, matrix in data["matrices"].items()},
             )
         except (KeyError, TypeError, IndexError, SettingError) as error:
-            raise CheckpointError(f"{id_}: its description in config.json is damaged ({error!r}); save it again") from error
+            raise CheckpointError(
+                f"{id_}: its description in config.json is damaged ({error!r}); save it again"
+            ) from error
 
 
 def _matrix_to_json(matrix: MatrixSpec) -> dict[str, Any]:
-    data = {name: getattr(matrix, name) for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic")}
+    data = {
+        name: getattr(matrix, name)
+        for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic")
+    }
     return {**data, "layout": dict(vars(matrix.layout))}
 
 

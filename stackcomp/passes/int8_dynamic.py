@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Int8Dynamic(Pass):
-    """Round the selected weights to 8 bits, and the inputs of each of their products too, one scale a token, as they come.
+    """Round the selected weights to 8 bits, and the inputs of each of their products too, one scale a token,
+    as they come.
 
-    Weights as in `Int8Weights`; products are sums of 8-bit integers. In a factored layer the thin vector between the two products is
-    rounded as well. The arithmetic is torchao's (symmetric; tokens for inputs, rows for weights).
+    Weights as in `Int8Weights`; products are sums of 8-bit integers. In a factored layer the thin vector
+    between the two products is rounded as well. The arithmetic is torchao's (symmetric; tokens for inputs,
+    rows for weights).
     """
 
     paper: ClassVar[str] = "Zafrir et al., Q8BERT, arXiv:1910.06188"

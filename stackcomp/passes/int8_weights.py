@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 class Int8Weights(Pass):
     """Round every stored value of the selected weights to 8 bits, with one floating-point scale a row.
 
-    Reaches whatever a weight is stored as: a whole matrix, the dense basis and the sparse coefficients of a dense-sparse layer, both
-    factors of a low-rank one; a support is left alone. Embeddings are rounded when `only` names them. The product is computed in
-    floating point, so inputs are exact. The arithmetic is torchao's (symmetric, rows); the storage is our own, plain tensors.
-    The scales stay trainable, the rounded values do not.
+    Reaches whatever a weight is stored as: a whole matrix, the dense basis and the sparse coefficients of a
+    dense-sparse layer, both factors of a low-rank one; a support is left alone. Embeddings are rounded when
+    `only` names them. The product is computed in floating point, so inputs are exact. The arithmetic is
+    torchao's (symmetric, rows); the storage is our own, plain tensors. The scales stay trainable, the rounded
+    values do not.
     """
 
     paper: ClassVar[str] = "Zafrir et al., Q8BERT, arXiv:1910.06188"
 
     @property
     def contract(self) -> Contract:
-        return Contract(requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE))
+        return Contract(
+            requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE)
+        )
 
     def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
         for id_ in context.progress(context.targets, label="rounding"):

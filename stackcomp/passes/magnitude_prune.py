@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class MagnitudePrune(Pass):
     """Keep the largest values of each selected weight and store only these, beside a packed support.
 
-    sparsity: share of each matrix that is dropped, in [0, 1), 0 does nothing: stored as the kept values and a bitmap (1 bit an entry);
-    or "n:m", which keeps the n largest of every m consecutive inputs of a row, stored with log2 C(m, n) bits a group. Training passes
-    that follow train the kept values only; what is dropped stays zero.
+    sparsity: share of each matrix that is dropped, in [0, 1), 0 does nothing: stored as the kept values and a
+    bitmap (1 bit an entry); or "n:m", which keeps the n largest of every m consecutive inputs of a row,
+    stored with log2 C(m, n) bits a group. Training passes that follow train the kept values only; what is
+    dropped stays zero.
     """
 
     sparsity: float | str = 0.5
@@ -37,7 +38,9 @@ class MagnitudePrune(Pass):
         if not isinstance(self.sparsity, str):
             within("sparsity", self.sparsity, 0.0, 0.999)
         elif self._groups is None:
-            raise SettingError(f"sparsity={self.sparsity!r} is not known: give 'n:m' with 1 <= n < m <= 64, as '2:4', or a share")
+            raise SettingError(
+                f"sparsity={self.sparsity!r} is not known: give 'n:m' with 1 <= n < m <= 64, as '2:4', or a share"
+            )
 
     @property
     def _groups(self) -> tuple[int, int] | None:
@@ -66,4 +69,8 @@ class MagnitudePrune(Pass):
 
     def _mask(self, matrix: "torch.Tensor") -> "torch.Tensor":
         """Which entries of a matrix to keep."""
-        return ops.largest_in_groups(matrix, *self._groups) if self._groups else ops.largest(matrix, 1 - float(self.sparsity))
+        return (
+            ops.largest_in_groups(matrix, *self._groups)
+            if self._groups
+            else ops.largest(matrix, 1 - float(self.sparsity))
+        )

@@ -24,7 +24,9 @@ class Quiet(Pass):
 class Round(Quiet):
     @property
     def contract(self):
-        return Contract(requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE))
+        return Contract(
+            requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -51,7 +53,14 @@ class Train(Quiet):
 
 def plan(*paths):
     return Plan.of(
-        WeightSpec(id=path, kind="linear", rows=4, cols=4, paths=(path,), matrices={"weight": MatrixSpec(rows=4, cols=4)})
+        WeightSpec(
+            id=path,
+            kind="linear",
+            rows=4,
+            cols=4,
+            paths=(path,),
+            matrices={"weight": MatrixSpec(rows=4, cols=4)},
+        )
         for path in paths
     )
 
@@ -65,14 +74,23 @@ def test_each_plan_follows_from_the_one_before():
     assert plans[2] == plans[1]
     assert len(plans[1]["layer.0"].forms) == 2  # factored, or too small to gain
     assert plans[1]["head"] == MODEL["head"]
-    assert all(Fact.INT8 in words for weight in plans[3].weights for parts in weight.forms for _, words in parts)
+    assert all(
+        Fact.INT8 in words for weight in plans[3].weights for parts in weight.forms for _, words in parts
+    )
 
 
 def test_a_refusal_names_step_layers_fact_culprit_and_a_legal_order():
     with pytest.raises(PipelineRefused) as caught:
         predict((Train(), Round(skip="head"), Split(ratio=3.0)), MODEL)
     message = str(caught.value)
-    for said in ("step 3", "Split(ratio=3.0)", "'float'", "layer.0, layer.1", "since step 2, Round", "took it away"):
+    for said in (
+        "step 3",
+        "Split(ratio=3.0)",
+        "'float'",
+        "layer.0, layer.1",
+        "since step 2, Round",
+        "took it away",
+    ):
         assert said in message
     assert message.endswith("a legal order: Train() -> Split(ratio=3.0) -> Round(skip='head')")
 
@@ -108,7 +126,7 @@ def test_verify_accepts_a_predicted_form_and_names_the_pass_otherwise():
     wrong = replace(MODEL.weights[0], forms=frozenset({form({"weight": facts(Fact.INT8)})}))
     with pytest.raises(ContractBroken, match=r"Split broke its contract at layer\.0.*int8"):
         verify(Split(), predicted, Plan((wrong, *MODEL.weights[1:])))
-    with pytest.raises(ContractBroken, match="layer.0"):
+    with pytest.raises(ContractBroken, match=r"layer\.0"):
         verify(Split(), predicted, Plan(MODEL.weights[1:]))
 
 

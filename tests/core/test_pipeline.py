@@ -11,7 +11,9 @@ PASSES = st.one_of(
     st.builds(lambda share: sc.MagnitudePrune(sparsity=share), st.floats(0, 0.99)),
     st.just(sc.MagnitudePrune(sparsity="2:4")),
 )
-PIPELINES = st.recursive(PASSES, lambda inner: st.lists(inner, max_size=3).map(lambda items: sc.Pipeline(*items)), max_leaves=6)
+PIPELINES = st.recursive(
+    PASSES, lambda inner: st.lists(inner, max_size=3).map(lambda items: sc.Pipeline(*items)), max_leaves=6
+)
 
 
 @given(PIPELINES)

@@ -21,7 +21,9 @@ def test_packed_supports_cost_about_the_logarithm_of_their_number(block, data):
 
 
 def test_known_prices():
-    assert Fixed(block=4, nonzeros=2).support_bytes(384, 384) * 8 / 384 / 384 < 0.66  # log2(6) / 4 = 0.646 bits an entry
+    assert (
+        Fixed(block=4, nonzeros=2).support_bytes(384, 384) * 8 / 384 / 384 < 0.66
+    )  # log2(6) / 4 = 0.646 bits an entry
     assert Fixed(block=8, nonzeros=8).support_bytes(100, 8) == 0  # low rank has no index to store
     assert Free(nonzeros=5).support_bytes(3, 7) == 3
     assert word_bits(6, 1) == 3
@@ -63,7 +65,9 @@ WEIGHT = WeightSpec(
     transposed=True,
     matrices={
         "basis": MatrixSpec(rows=4, cols=6, coding="bfloat16"),
-        "coefficients": MatrixSpec(rows=8, cols=4, layout=Fixed(block=4, nonzeros=2), coding="int8", scale_axis=1),
+        "coefficients": MatrixSpec(
+            rows=8, cols=4, layout=Fixed(block=4, nonzeros=2), coding="int8", scale_axis=1
+        ),
     },
 )
 
@@ -72,14 +76,19 @@ def test_a_weight_reads_back_from_json():
     assert WeightSpec.from_json("a.b", json.loads(json.dumps(WEIGHT.to_json()))) == WEIGHT
 
 
-@pytest.mark.parametrize("harm", [{"matrices": {"weight": {"layout": {"kind": "odd"}}}}, {"shape": [3]}, {"kind": None, "paths": 3}])
+@pytest.mark.parametrize(
+    "harm",
+    [{"matrices": {"weight": {"layout": {"kind": "odd"}}}}, {"shape": [3]}, {"kind": None, "paths": 3}],
+)
 def test_a_damaged_description_is_refused(harm):
     with pytest.raises(CheckpointError, match=r"a\.b"):
         WeightSpec.from_json("a.b", {**WEIGHT.to_json(), **harm})
 
 
 def test_layouts_of_a_dense_weight():
-    dense = WeightSpec(id="w", kind="linear", rows=3, cols=5, paths=("w",), matrices={"weight": MatrixSpec(rows=3, cols=5)})
+    dense = WeightSpec(
+        id="w", kind="linear", rows=3, cols=5, paths=("w",), matrices={"weight": MatrixSpec(rows=3, cols=5)}
+    )
     assert dense.total_bytes == 60
     assert dense.matrices["weight"].layout == Dense()
     assert not dense.factored

@@ -1,0 +1,292 @@
+"""Statistics of what flows into layers, from unlabelled text: one run of the model serves all of them.
+
+Letters: m input features of a layer, X (m x tokens) its inputs over all real tokens (padding never counts).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stackcomp.core.context import Progress, quiet
+from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
+from stackcomp.data.batches import Collator, inference_batches, lengths_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondMoment:
+    """Inputs of a layer, in short: total = X X^T (m x m), mean (m), count = tokens. `average`: total / count.
+
+    Layers that read the very same tensor (query, key and value) share one object.
+    """
+
+    total: Tensor
+    mean: Tensor
+    count: int
+
+    @property
+    def average(self) -> Tensor:
+        """Second moment per token (m x m)."""
+        return self.total / self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossMoment:
+    """The same layer in two models: cross = X_ref X^T (m x m), total = X X^T (m x m), count = tokens."""
+
+    cross: Tensor
+    total: Tensor
+    count: int
+
+
+class _Enough(Exception):
+    """Every layer asked for has been reached: the rest of the forward pass is not needed."""
+
+
+class Calibration:
+    """Unlabelled text, encoded once, that models are run on.
+
+    texts: strings, or pairs where the model reads two texts together. Batches are sorted by length, so the
+    result depends on the texts and the model alone. Raises `DataError` where there is no text.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Any],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_length: int = 128,
+        batch_size: int = 32,
+    ) -> None:
+        if not texts:
+            raise DataError("calibration needs text, and there is none: give a task with a training split")
+        rows = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=True)
+        self._set(dict(rows), tokenizer, batch_size)
+
+    @classmethod
+    def from_encoded(
+        cls, encoded: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, batch_size: int = 32
+    ) -> "Calibration":
+        """Use rows of `Task.encode(..., labelled=False)`, such as windows of language modelling."""
+        self = cls.__new__(cls)
+        self._set(encoded[:], tokenizer, batch_size)
+        return self
+
+    def _set(self, columns: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", batch_size: int) -> None:
+        columns = {key: value for key, value in columns.items() if key != "labels"}
+        lengths = lengths_of(columns)
+        self.tokens = sum(
+            sum(mask) for key, part in columns.items() if "attention_mask" in key for mask in part
+        )
+        self._rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self._order = inference_batches(lengths, batch_size=batch_size)
+        self._collate = Collator(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def batches(self, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
+        """Padded batches, longest first, always the same."""
+        for order in self._order:
+            yield {
+                key: part.to(device) for key, part in self._collate([self._rows[i] for i in order]).items()
+            }
+
+    def second_moments(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], *, progress: Progress = quiet
+    ) -> dict[str, SecondMoment]:
+        """X X^T of the inputs of each module, by name, in float32: one run over the text for all of them.
+
+        modules: submodules of `model` called with one tensor (..., m). The model runs in eval mode without
+        gradients, only as far as the last module asked for, and is left as it was. Raises
+        `UnsupportedModel` naming a module that never runs; warns `TooLittleCalibration` where there are
+        fewer tokens than features.
+        """
+        total: dict[str, Tensor] = {}
+        first: dict[str, Tensor] = {}
+        count = dict.fromkeys(modules, 0)
+        tickets: dict[str, list[int]] = {name: [] for name in modules}
+        last: tuple[int, Tensor, Tensor] | None = None
+
+        def listen(name: str, x: Tensor, ticket: int) -> None:
+            nonlocal last
+            if last is None or last[0] != ticket:
+                last = (ticket, x.T @ x, x.sum(0))
+            _accumulate(total, name, last[1])
+            _accumulate(first, name, last[2])
+            count[name] += x.shape[0]
+            tickets[name].append(ticket)
+
+        with _running(model), _Listening(modules, listen) as listening:
+            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+                listening.run(model, batch)
+        _refuse_unreached(count)
+        shared: dict[tuple[int, ...], SecondMoment] = {}
+        result = {}
+        for name in modules:
+            moment = SecondMoment(total=total[name], mean=first[name] / count[name], count=count[name])
+            result[name] = shared.setdefault(tuple(tickets[name]), moment)
+        _warn_if_short(result)
+        return result
+
+    def cross_moments(
+        self,
+        reference: nn.Module,
+        model: nn.Module,
+        modules: Mapping[str, tuple[nn.Module, nn.Module]],
+        *,
+        progress: Progress = quiet,
+    ) -> dict[str, CrossMoment]:
+        """X_ref X^T of each pair (module of `reference`, module of `model`) over the same text, in float32.
+
+        Both modules must be called once a forward pass with inputs of the same token count.
+        """
+        cross: dict[str, Tensor] = {}
+        total: dict[str, Tensor] = {}
+        count = dict.fromkeys(modules, 0)
+        wanted: dict[str, Tensor] = {}
+
+        def keep(name: str, x: Tensor, ticket: int) -> None:
+            wanted[name] = x
+
+        def listen(name: str, x: Tensor, ticket: int) -> None:
+            before = wanted.pop(name)
+            _accumulate(cross, name, before.T @ x)
+            _accumulate(total, name, x.T @ x)
+            count[name] += x.shape[0]
+
+        theirs = {name: pair[0] for name, pair in modules.items()}
+        ours = {name: pair[1] for name, pair in modules.items()}
+        with (
+            _running(reference),
+            _running(model),
+            _Listening(theirs, keep) as first,
+            _Listening(ours, listen) as second,
+        ):
+            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+                wanted.clear()
+                first.run(reference, batch)
+                second.run(model, batch)
+        _refuse_unreached(count)
+        return {
+            name: CrossMoment(cross=cross[name], total=total[name], count=count[name]) for name in modules
+        }
+
+
+class _Listening:
+    """Forward pre-hooks on modules that hand over the real tokens of their input, (tokens x m) in float32.
+
+    `listen` gets the module's name, the tokens, and a number that is the same for two modules exactly where
+    they were called one after the other with the same tensor.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], listen: Callable[[str, Tensor, int], None]) -> None:
+        self._modules = modules
+        self._listen = listen
+        self._mask = torch.ones(0, 0, dtype=torch.bool)
+        self._ticket = 0
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._calls = 0
+        self._expected: int | None = (
+            None  # calls in a whole forward pass; a shared layer is called more than once
+        )
+
+    def __enter__(self) -> "_Listening":
+        self._hooks = ExitStack()
+        for name, module in self._modules.items():
+            handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._hooks.close()
+
+    def run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """One forward pass; from the second on it ends at the last module asked for."""
+        self._mask = batch["attention_mask"].bool()
+        self._calls = 0
+        try:
+            model(**batch)
+            self._expected = self._calls
+        except _Enough:
+            pass
+        finally:
+            self._last = None
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            if self._last is None or self._last[0] is not x:
+                self._last = (x, self._real(name, x.detach()))
+                self._ticket += 1
+            self._listen(name, self._last[1], self._ticket)
+            self._calls += 1
+            if self._calls == self._expected:
+                raise _Enough
+
+        return hook
+
+    def _real(self, name: str, x: Tensor) -> Tensor:
+        texts, length = self._mask.shape
+        if x.shape[:-1] == (texts, length):
+            return x[self._mask].float()
+        if x.shape[:-1] == (texts * length,):
+            return x[self._mask.flatten()].float()
+        if x.shape[:-1] == (texts,):  # one vector a text, as the heads of encoders read
+            return x.float()
+        raise UnsupportedModel(
+            f"{name}: its input has shape {tuple(x.shape)}, which is neither tokens nor texts of a batch of "
+            f"{texts} x {length}; leave it out with skip="
+        )
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    if name in sums:
+        sums[name] += part
+    else:
+        sums[name] = part.clone()
+
+
+def _refuse_unreached(count: Mapping[str, int]) -> None:
+    name = next((name for name, tokens in count.items() if tokens == 0), None)
+    if name is not None:
+        raise UnsupportedModel(f"{name}: the model never runs this module on text; leave it out with skip=")
+
+
+def _warn_if_short(moments: Mapping[str, SecondMoment]) -> None:
+    short = {name: moment for name, moment in moments.items() if moment.count < moment.mean.numel()}
+    if short:
+        name, moment = max(short.items(), key=lambda item: item[1].mean.numel())
+        warnings.warn(
+            TooLittleCalibration(
+                f"{name}: {moment.count} calibration tokens for {moment.mean.numel()} input features, so "
+                "its second "
+                f"moment has rank {moment.count} at most; give more calibration text ({len(short)} layers "
+                "affected)"
+            ),
+            stacklevel=3,
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((part.device for part in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,225 @@
+"""Where the rows of a task come from: a closed family of final, frozen classes, read through `datasets`.
+
+A source only names its data: nothing is opened, and neither torch nor `datasets` is imported, until
+`load_splits` is called.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackcomp.core.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATA_FOLDER_VARIABLE = "STACKCOMP_DATA"
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """A data set of the hub, or its copy on disk.
+
+    Where the environment variable STACKCOMP_DATA names a folder that holds `local`, the `<split>*.parquet`
+    files in there are read instead, under the hub's names of splits and columns. `rename` gives (old, new)
+    column names, applied where `old` exists.
+    """
+
+    path: str
+    config: str | None = None
+    local: str | None = None
+    rename: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Local files, as (split, path) pairs; `format` is one of csv, json, parquet, text."""
+
+    format: str
+    paths: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS.values():
+            known = sorted(set(FORMATS.values()))
+            raise SettingError(f"Files: format={self.format!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """One data file inside an installed Python package (which is found, not imported), read as the split "
+    ""train".
+
+    `where` keeps the rows whose columns have the given values.
+    """
+
+    package: str
+    file: str
+    format: str = "csv"
+    where: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows given in memory: column names, and for each split its rows as tuples. `rows(...)` builds one "
+    "from dictionaries."""
+
+    columns: tuple[str, ...]
+    splits: tuple[tuple[str, tuple[tuple[Any, ...], ...]], ...]
+
+
+Source = Hub | Files | Package | Rows
+
+
+def rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
+    """Freeze `{split: [{column: value, ...}, ...]}`; a column that a row lacks reads as None there."""
+    columns = tuple(dict.fromkeys(column for part in splits.values() for row in part for column in row))
+    frozen = tuple(
+        (name, tuple(tuple(row.get(c) for c in columns) for row in part)) for name, part in splits.items()
+    )
+    return Rows(columns=columns, splits=frozen)
+
+
+def files(splits: Mapping[str, str | Path]) -> Files:
+    """Name local files by split; the format is read from the suffix, and all files share it."""
+    formats = set()
+    for path in splits.values():
+        suffix = Path(path).suffix.lower()
+        if suffix not in FORMATS:
+            raise SettingError(
+                f"files: {str(path)!r} ends in {suffix!r}; known endings are {', '.join(FORMATS)}"
+            )
+        formats.add(FORMATS[suffix])
+    if len(formats) != 1:
+        raise SettingError(
+            f"files: all splits must share one format, and these are {', '.join(sorted(formats)) or 'none'}"
+        )
+    return Files(format=formats.pop(), paths=tuple((name, str(path)) for name, path in splits.items()))
+
+
+def as_source(source: "Source | str | Path | Mapping[str, Any]", config: str | None = None) -> Source:
+    """Accept what people have at hand: a source, a hub name, a file, or a mapping of splits to files or "
+    "to rows."""
+    if isinstance(source, Hub | Files | Package | Rows):
+        return source
+    if isinstance(source, Mapping):
+        if all(isinstance(part, str | Path) for part in source.values()):
+            return files(source)
+        return rows(source)
+    if Path(source).suffix.lower() in FORMATS:
+        return files({"train": source})
+    return Hub(path=str(source), config=config, local=config)
+
+
+def load_splits(source: Source) -> "dict[str, Dataset]":
+    """Read all splits of a source. Raises `DataError` where there is nothing to read, with a way out."""
+    return _load_splits(source, os.environ.get(DATA_FOLDER_VARIABLE))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_splits(source: Source, folder: str | None) -> "dict[str, Dataset]":
+    # The folder is part of the key, so that a changed environment is seen.
+    if isinstance(source, Hub):
+        return _load_hub(source, folder)
+    if isinstance(source, Files):
+        for name, path in source.paths:
+            if not Path(path).is_file():
+                raise DataError(
+                    f"split {name!r}: there is no file {path!r}; paths are relative to the working directory"
+                )
+        return _load_files(source.format, {name: [path] for name, path in source.paths})
+    if isinstance(source, Package):
+        return {"train": _load_package(source)}
+    import datasets
+
+    loaded = {}
+    for name, part in source.splits:
+        columns = zip(*part, strict=True) if part else ([] for _ in source.columns)
+        loaded[name] = datasets.Dataset.from_dict(dict(zip(source.columns, map(list, columns), strict=True)))
+    return loaded
+
+
+def _load_hub(source: Hub, folder: str | None) -> "dict[str, Dataset]":
+    here = Path(folder, source.local) if folder and source.local else None
+    if here is not None and here.is_dir():
+        found: dict[str, list[str]] = {}
+        for path in sorted(here.glob("*.parquet")):
+            found.setdefault(path.stem.split("-")[0], []).append(str(path))
+        if not found:
+            raise DataError(f"{here}: no parquet file; expected one per split, such as train.parquet")
+        loaded = _load_files("parquet", found)
+    else:
+        import datasets
+
+        try:
+            with _quiet():
+                loaded = dict(datasets.load_dataset(source.path, source.config))
+        except (OSError, ValueError) as error:
+            way_out = (
+                f"; or set {DATA_FOLDER_VARIABLE} to a folder that holds {source.local}"
+                if source.local
+                else ""
+            )
+            raise DataError(
+                f"data set {source.path!r} ({source.config}) cannot be read: {error}. Check the name and "
+                f"the network{way_out}"
+            ) from error
+    for old, new in source.rename:
+        loaded = {
+            name: part.rename_column(old, new) if old in part.column_names else part
+            for name, part in loaded.items()
+        }
+    return loaded
+
+
+def _load_files(kind: str, paths: Mapping[str, Iterable[str]]) -> "dict[str, Dataset]":
+    import datasets
+
+    options = {"sep": "\t"} if all(str(p).endswith(".tsv") for part in paths.values() for p in part) else {}
+    try:
+        with _quiet():
+            return dict(
+                datasets.load_dataset(kind, data_files={k: list(v) for k, v in paths.items()}, **options)
+            )
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{kind} files {sorted(paths)} cannot be read: {error}") from error
+
+
+def _load_package(source: Package) -> "Dataset":
+    spec = importlib.util.find_spec(source.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"package {source.package!r} is not installed; install it with pip: "
+            f"{source.package.replace('_', '-')}"
+        )
+    path = Path(next(iter(spec.submodule_search_locations)), source.file)
+    part = _load_files(source.format, {"train": [str(path)]})["train"]
+    for column, value in source.where:
+        part = part.select([i for i, found in enumerate(part[column]) if found == value])
+    return part
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # `datasets` draws a bar for each file it converts; ours is the only one that people should see.
+    import datasets
+
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

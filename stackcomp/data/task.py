@@ -1,0 +1,375 @@
+"""A task: what a model is for, declared once: data, columns, kind, metric and splits.
+
+Three splits have a role: "train" (training and calibration text), "selection" (what strengths and stacks are
+chosen on) and "test" (evaluated once). Each is the name of a split of the source, or, for the last two, a
+number of examples to carve from the training split: never more than a fifth of it, the same ones always,
+and the training split is what is left.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from stackcomp.core.errors import DataError, SettingError
+from stackcomp.data.sources import Source, load_splits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["classification", "regression", "similarity", "language_modelling"]
+Split = Literal["train", "selection", "test"]
+ROLES: tuple[Split, ...] = ("train", "selection", "test")
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("spearman", "pearson"),
+    "similarity": ("spearman", "pearson"),
+    "language_modelling": ("perplexity",),
+}
+AUTO_CLASSES: Mapping[str, str] = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "similarity": "AutoModel",
+    "language_modelling": "AutoModelForCausalLM",
+}
+CARVE_SEED = 20231221  # the day DSFormer appeared; it only has to stay the same
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Task:
+    """A task, as pure description. Build one with the functions of this module; `repr` reads back.
+
+    name: what tables call it. source: where the rows are. kind: what the model predicts. text: one column,
+    or two for pairs. label: the column of targets, None where there are none. labels: names of the classes
+    in order, when they are not to be read from the data. metric: see `METRICS`. train, selection, test: see
+    the module. max_length: tokens a text (or a window of language modelling) is cut to. deduplicate: drop
+    rows whose text appeared before (spaces around it ignored) before carving.
+    """
+
+    name: str
+    source: Source
+    kind: Kind
+    text: tuple[str, ...]
+    label: str | None = "label"
+    labels: tuple[str, ...] | None = None
+    metric: str = "accuracy"
+    train: str = "train"
+    selection: str | int = 5000
+    test: str | int = "validation"
+    max_length: int = 128
+    deduplicate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in METRICS:
+            raise SettingError(f"task {self.name!r}: kind={self.kind!r} is not one of {', '.join(METRICS)}")
+        if self.metric not in METRICS[self.kind]:
+            raise SettingError(
+                f"task {self.name!r}: metric={self.metric!r} is not one of {', '.join(METRICS[self.kind])} "
+                f"for {self.kind}"
+            )
+        if len(self.text) not in ((1,) if self.kind == "language_modelling" else (1, 2)):
+            raise SettingError(
+                f"task {self.name!r}: text={self.text!r} must name one column, or two for a pair"
+            )
+        if self.max_length < 2:
+            raise SettingError(f"task {self.name!r}: max_length={self.max_length} must be at least 2")
+        for role, value in (("selection", self.selection), ("test", self.test)):
+            if isinstance(value, int) and value < 1:
+                raise SettingError(
+                    f"task {self.name!r}: {role}={value} must be a split's name or at least 1 example to "
+                    f"carve from {self.train!r}"
+                )
+
+    def __repr__(self) -> str:
+        changed = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
+        return f"Task({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class of `transformers` that builds a model for this task."""
+        return AUTO_CLASSES[self.kind]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes in order of their numbers; read from the training split where the task "
+        "does not declare them."""
+        if self.kind != "classification":
+            return ()
+        if self.labels is not None:
+            return self.labels
+        import datasets
+
+        part = self.dataset("train")
+        label = self._labelled(part, "train")
+        feature = part.features[label]
+        if isinstance(feature, datasets.ClassLabel):
+            return tuple(feature.names)
+        values = set(_column(part, label))
+        if any(isinstance(value, str) for value in values):
+            return tuple(sorted(map(str, values)))
+        top = max((int(value) for value in values if value is not None), default=-1)
+        return tuple(str(number) for number in range(top + 1))
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head: classes, 1 for regression, 0 where there is no head of the task's "
+        "own."""
+        return {"classification": len(self.label_names), "regression": 1}.get(self.kind, 0)
+
+    def dataset(self, split: str) -> "Dataset":
+        """Rows of "train", "selection" or "test". Raises `DataError` for an unknown, missing or empty "
+        "split or a missing column."""
+        if split not in ROLES:
+            raise DataError(f"task {self.name!r}: split {split!r} is not one of {', '.join(ROLES)}")
+        loaded = load_splits(self.source)
+        named = self.train if split == "train" else getattr(self, split)
+        if isinstance(named, int):
+            part = self._from_train(loaded, split)
+        elif named not in loaded:
+            carve = "" if split == "train" else ", or a number of examples to carve from the training split"
+            raise DataError(
+                f"task {self.name!r}: {split}={named!r} is no split of the data, which has "
+                f"{', '.join(loaded) or 'none'}; name one of these{carve}"
+            )
+        else:
+            part = self._from_train(loaded, "train") if named == self.train else self._unique(loaded[named])
+        self._check(part, split)
+        return part
+
+    def texts(self, split: str = "train", limit: int | None = None) -> list[str] | list[tuple[str, str]]:
+        """Text alone, without labels, for calibration: strings, or pairs where the model reads both texts "
+        "together."""
+        if self.kind == "language_modelling":
+            return _subset(
+                [text for text in _column(self.dataset(split), self.text[0]) if text.strip()], limit
+            )
+        part = _subset(self.dataset(split), limit)
+        columns = [_column(part, column) for column in self.text]
+        if len(columns) == 1:
+            return columns[0]
+        pairs = list(zip(*columns, strict=True))
+        return [text for pair in pairs for text in pair] if self.kind == "similarity" else pairs
+
+    def encode(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        split: str,
+        limit: int | None = None,
+        *,
+        labelled: bool = True,
+    ) -> "Dataset":
+        """Tokens: columns input_ids, attention_mask, (token_type_ids,) and labels.
+
+        `limit` keeps a fixed random subset.
+        labels: class number, float for regression and similarity, the tokens themselves for language
+        modelling, where a row is a window of max_length tokens cut from the concatenated texts. A
+        similarity pair has its second text in columns `pair_input_ids` and so on. With labelled=False no
+        labels are needed and none given. Raises `DataError` as `dataset` does, and where a label is
+        missing.
+        """
+        import datasets
+
+        if self.kind == "language_modelling":
+            return datasets.Dataset.from_dict(self._windows(tokenizer, split, limit))
+        part = _subset(self.dataset(split), limit)
+        options: dict[str, Any] = {
+            "truncation": True,
+            "max_length": self.max_length,
+            "return_attention_mask": True,
+        }
+        texts = [_column(part, column) for column in self.text]
+        if len(texts) == 1 or self.kind == "similarity":
+            columns = _tokens(tokenizer, texts[0], options)
+        else:
+            columns = dict(tokenizer(*texts, **options))
+        if len(texts) == 2 and self.kind == "similarity":
+            columns |= {f"pair_{key}": value for key, value in _tokens(tokenizer, texts[1], options).items()}
+        if labelled:
+            columns["labels"] = self._targets(part, split)
+        return datasets.Dataset.from_dict(columns)
+
+    def digest(self) -> str:
+        """SHA-256 of what a run can see of the data: every text and label of every split there is, and "
+        "how they are read."""
+        whole = hashlib.sha256(repr((self.kind, self.metric, self.max_length, self.labels)).encode())
+        loaded = load_splits(self.source)
+        for split in ROLES:
+            named = getattr(self, split)
+            if isinstance(named, str) and named not in loaded:
+                continue
+            part = self.dataset(split)
+            whole.update(f"\n{split} {part.num_rows}\n".encode())
+            for column in (*self.text, *([self.label] if self.label in part.column_names else [])):
+                whole.update(b"\0".join(repr(value).encode() for value in _column(part, column)))
+        return whole.hexdigest()
+
+    def _unique(self, part: "Dataset") -> "Dataset":
+        if not self.deduplicate or any(column not in part.column_names for column in self.text):
+            return part
+        first: dict[tuple[str, ...], int] = {}
+        for number, texts in enumerate(zip(*(_column(part, column) for column in self.text), strict=True)):
+            first.setdefault(tuple(str(text).strip() for text in texts), number)
+        return part.select(list(first.values()))
+
+    def _from_train(self, loaded: "Mapping[str, Dataset]", split: str) -> "Dataset":
+        import numpy as np
+
+        if self.train not in loaded:
+            raise DataError(
+                f"task {self.name!r}: train={self.train!r} is no split of the data, which has "
+                f"{', '.join(loaded) or 'none'}"
+            )
+        part = self._unique(loaded[self.train])
+        order = np.random.default_rng(CARVE_SEED).permutation(part.num_rows)
+        start = 0
+        for role, asked in (("test", self.test), ("selection", self.selection)):
+            size = min(asked, part.num_rows // 5) if isinstance(asked, int) else 0
+            if split == role:
+                return part.select(np.sort(order[start : start + size]))
+            start += size
+        return part.select(np.sort(order[start:]))
+
+    def _check(self, part: "Dataset", split: str) -> None:
+        if part.num_rows == 0:
+            raise DataError(
+                f"task {self.name!r}: split {split!r} is empty; a carved split needs at least 5 rows to "
+                "carve from"
+            )
+        for column in self.text:
+            if column not in part.column_names:
+                raise DataError(
+                    f"task {self.name!r}: split {split!r} has no column {column!r}; "
+                    f"{_nearest(column, part.column_names)}"
+                )
+            blank = next(
+                (i for i, value in enumerate(_column(part, column)) if not isinstance(value, str)), None
+            )
+            if blank is not None:
+                raise DataError(
+                    f"task {self.name!r}: row {blank} of split {split!r} has no text in column {column!r}; "
+                    "drop such rows"
+                )
+
+    def _labelled(self, part: "Dataset", split: str) -> str:
+        if self.label is None:
+            raise DataError(
+                f"task {self.name!r}: labels are needed, and the task declares none; give label=, the "
+                "column that holds them"
+            )
+        if self.label not in part.column_names:
+            raise DataError(
+                f"task {self.name!r}: split {split!r} has no column {self.label!r}; "
+                f"{_nearest(self.label, part.column_names)}"
+            )
+        return self.label
+
+    def _targets(self, part: "Dataset", split: str) -> list[int] | list[float]:
+        label = self._labelled(part, split)
+        values = _column(part, label)
+        way_out = f"labels are needed here: name a labelled split, as in {split}='validation'"
+        if self.kind != "classification":
+            missing = [i for i, value in enumerate(values) if value is None or float(value) != float(value)]
+            # The hub marks hidden targets of a regression test split by -1 in every row.
+            if missing or all(value == -1 for value in values):
+                raise DataError(
+                    f"task {self.name!r}: row {missing[0] if missing else 0} of split {split!r} has no "
+                    f"label; {way_out}"
+                )
+            return [float(value) for value in values]
+        names = self.label_names
+        numbers = {name: number for number, name in enumerate(names)}
+        targets = [
+            numbers.get(value, -1) if isinstance(value, str) else -1 if value is None else int(value)
+            for value in values
+        ]
+        bad = next((i for i, target in enumerate(targets) if not 0 <= target < len(names)), None)
+        if bad is not None:
+            raise DataError(
+                f"task {self.name!r}: row {bad} of split {split!r} has label {values[bad]!r}, and the "
+                f"classes are {', '.join(names)}; {way_out}"
+            )
+        return targets
+
+    def _windows(
+        self, tokenizer: "PreTrainedTokenizerBase", split: str, limit: int | None
+    ) -> dict[str, list[list[int]]]:
+        import numpy as np
+
+        # Documents keep a line break between them; tokens of one text never depend on the next, so long
+        # data stay cheap to encode.
+        documents = [
+            text if text.endswith("\n") else text + "\n"
+            for text in _column(self.dataset(split), self.text[0])
+            if text.strip()
+        ]
+        encoded = (
+            tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            if documents
+            else []
+        )
+        tokens: np.ndarray = (
+            np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+            if documents
+            else np.zeros(0, dtype=np.int64)
+        )
+        cuts = [
+            tokens[start : start + self.max_length].tolist()
+            for start in range(0, len(tokens), self.max_length)
+        ]
+        windows = _subset([cut for cut in cuts if len(cut) > 1], limit)
+        if not windows:
+            raise DataError(
+                f"task {self.name!r}: split {split!r} holds {len(tokens)} tokens, too few for one window "
+                "to predict a token in"
+            )
+        return {
+            "input_ids": windows,
+            "attention_mask": [[1] * len(cut) for cut in windows],
+            "labels": [list(cut) for cut in windows],
+        }
+
+
+def _column(part: "Dataset", name: str) -> list[Any]:
+    """A whole column as a list; through arrow, since iterating over a carved `Dataset` looks up row after "
+    "row."""
+    return part.with_format("arrow")[:].column(name).to_pylist()
+
+
+def _tokens(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], options: dict[str, Any]
+) -> dict[str, list[list[int]]]:
+    """`tokenizer(texts)`, reading no more of a long text than its first max_length tokens need."""
+    ends = options["max_length"] * 8  # characters; words and their pieces are shorter nearly always
+    encoded = dict(tokenizer([text[:ends] for text in texts], **options))
+    short = [
+        i
+        for i, text in enumerate(texts)
+        if len(text) > ends and len(encoded["input_ids"][i]) < options["max_length"]
+    ]
+    if short:
+        whole = tokenizer([texts[i] for i in short], **options)
+        for key, rows in encoded.items():
+            for place, i in enumerate(short):
+                rows[i] = whole[key][place]
+    return encoded
+
+
+def _nearest(column: str, columns: Sequence[str]) -> str:
+    near = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+    return f"{f'did you mean {near[0]!r}? ' if near else ''}It has {', '.join(columns)}"
+
+
+def _subset(items: Any, limit: int | None) -> Any:
+    """A fixed random subset in the order of the data: sources are often sorted by label or by subject."""
+    import numpy as np
+
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit={limit} must be at least 1, or None for everything")
+    if limit is None or limit >= len(items):
+        return items
+    kept = np.sort(np.random.default_rng(CARVE_SEED + 1).permutation(len(items))[:limit])
+    return [items[i] for i in kept] if isinstance(items, list) else items.select(kept)

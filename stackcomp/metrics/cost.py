@@ -1,0 +1,189 @@
+"""What a model takes: bytes of its file by tensor, parameters, operations, time and memory. Units are in "
+"the names."""
+
+import itertools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stackcomp.core.errors import CheckpointError, SettingError
+
+HEADER = "(header)"
+
+
+def bytes_of_file(path: Path | str) -> dict[str, int]:
+    """Bytes of each tensor of a safetensors file, by name, and of its header under "
+    ""(header)"; the sum is the file's length.
+
+    Reads the header only. Raises `CheckpointError` for a file that is cut short, has bytes no tensor owns,
+    or is none of the format.
+    """
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: {size} bytes are too few for its own header; the file is cut short"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: no safetensors file, its header is not JSON ({error})") from error
+    found = {HEADER: 8 + length}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            found[name] = end - start
+    if sum(found.values()) != size:
+        raise CheckpointError(
+            f"{path}: tensors and header take {sum(found.values())} bytes, and the file has {size}"
+        )
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers a model learns or learnt: elements of its parameters, a shared one counted once; index and "
+    "scale buffers are not in it."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+    """Multiply-accumulates of the matrix products of one forward pass, as torch's own counter sees them "
+    "(half its FLOPs)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Median time of a forward pass beside a baseline measured in the same process; ratio = ms / "
+    "baseline_ms, below 1 is faster."""
+
+    ms: float
+    baseline_ms: float
+    ratio: float
+    repeats: int
+    threads: int
+    batch: int
+    length: int
+    dtype: str
+    baseline_dtype: str
+    device: str
+
+
+def latency(
+    model: nn.Module,
+    baseline: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time both models in turn on the same inputs, in eval mode without gradients, and compare.
+
+    ratio is the median of the ratios of neighbouring runs, so a machine that slows down half way does not
+    tilt it. inputs: what the models are called with, input_ids (batch x length) among them.
+    """
+    if repeats < 1:
+        raise SettingError(f"latency: repeats={repeats} must be at least 1")
+    device = next(model.parameters()).device
+    modes = {module: module.training for part in (model, baseline) for module in part.modules()}
+    model.eval(), baseline.eval()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    try:
+        with torch.inference_mode():
+            for turn, ours in itertools.product(range(-warmup, repeats), (True, False)):
+                _wait(device)
+                start = clock()
+                (model if ours else baseline)(**inputs)
+                _wait(device)
+                if turn >= 0:
+                    times[ours].append(1000 * (clock() - start))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    batch, length = inputs["input_ids"].shape
+    return Latency(
+        ms=statistics.median(times[True]),
+        baseline_ms=statistics.median(times[False]),
+        ratio=statistics.median(a / b for a, b in zip(times[True], times[False], strict=True)),
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+        batch=batch,
+        length=length,
+        dtype=_dtype(model),
+        baseline_dtype=_dtype(baseline),
+        device=str(device),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+class PeakMemory:
+    """`with PeakMemory() as memory: ...`, then `memory.peak_bytes`: the most resident memory inside.
+
+    On Linux the kernel's own high-water mark is reset and read, which misses nothing; where that is
+    refused, a thread samples every 10 ms, which can miss short peaks. start_bytes: resident memory on
+    entry. exact: which of the two it was.
+    """
+
+    def __init__(self) -> None:
+        self.start_bytes = 0
+        self.peak_bytes = 0
+        self.exact = False
+
+    def __enter__(self) -> "PeakMemory":
+        self._process = psutil.Process()
+        self.start_bytes = self.peak_bytes = self._process.memory_info().rss
+        self.exact = _reset_high_water_mark()
+        if not self.exact:
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.exact:
+            self.peak_bytes = max(self.peak_bytes, _high_water_mark_bytes())
+        else:
+            self._done.set()
+            self._thread.join()
+            self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,253 @@
+"""Scores of a model on a task, each with its noise: what the same measure would vary by on other examples.
+
+An outcome is what one example contributes: (prediction, truth) for classes, numbers and similarities, and
+(sum of negative log likelihoods, tokens predicted) for a window of language modelling. A metric is a
+function of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stackcomp.core.context import Progress, quiet
+from stackcomp.core.errors import BadWeights, DataError
+from stackcomp.data.batches import IGNORED_LABEL, Collator, inference_batches, lengths_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stackcomp.data.task import Task
+
+Array = np.ndarray[Any, np.dtype[Any]]
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Score:
+    """A value on the 0-100 scale (perplexity as it is), with a 95% bootstrap interval over the n examples.
+
+    outcomes: (n x 2), see the module; in the order of the data, so that two scores of one task can be paired.
+    """
+
+    value: float
+    metric: str
+    higher_is_better: bool
+    n: int
+    interval: tuple[float, float]
+    outcomes: Array
+
+    @property
+    def noise(self) -> float:
+        """Half the interval's width: differences smaller than this say little."""
+        return (self.interval[1] - self.interval[0]) / 2
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.value:.2f} +- {self.noise:.2f} (n={self.n})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """value = score of b minus score of a on the same examples, with its 95% paired bootstrap interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+    @property
+    def noise(self) -> float:
+        """Half the interval's width."""
+        return (self.interval[1] - self.interval[0]) / 2
+
+
+def accuracy(first: Array, second: Array, axis: int = -1) -> Array:
+    """Percentage of predictions that are right."""
+    return 100 * np.mean(first == second, axis=axis)
+
+
+def f1(first: Array, second: Array, axis: int = -1) -> Array:
+    """F1 of class 1 in percent: 2 TP / (2 TP + FP + FN), 0 where there is none of either."""
+    hits = np.sum((first == 1) & (second == 1), axis=axis)
+    named = np.sum(first == 1, axis=axis) + np.sum(second == 1, axis=axis)
+    return 100 * np.divide(2 * hits, named, out=np.zeros(np.shape(hits)), where=named > 0)
+
+
+def matthews(first: Array, second: Array, axis: int = -1) -> Array:
+    """Matthews correlation of two classes, times 100."""
+    return pearson((first == 1).astype(float), (second == 1).astype(float), axis)
+
+
+def pearson(first: Array, second: Array, axis: int = -1) -> Array:
+    """Linear correlation, times 100; 0 where either side is constant."""
+    x = first - np.mean(first, axis=axis, keepdims=True)
+    y = second - np.mean(second, axis=axis, keepdims=True)
+    scale = np.sqrt(np.sum(x * x, axis=axis) * np.sum(y * y, axis=axis))
+    return 100 * np.divide(np.sum(x * y, axis=axis), scale, out=np.zeros(np.shape(scale)), where=scale > 0)
+
+
+def spearman(first: Array, second: Array, axis: int = -1) -> Array:
+    """Rank correlation (ties share their mean rank), times 100."""
+    return pearson(stats.rankdata(first, axis=axis), stats.rankdata(second, axis=axis), axis)
+
+
+def perplexity(first: Array, second: Array, axis: int = -1) -> Array:
+    """exp(mean negative log likelihood of a token)."""
+    return np.exp(np.sum(first, axis=axis) / np.sum(second, axis=axis))
+
+
+METRICS: Mapping[str, Callable[..., Array]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+    "perplexity": perplexity,
+}
+
+
+def score_of(outcomes: Array, metric: str) -> Score:
+    """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed "
+    "0)."""
+    if len(outcomes) == 0:
+        raise DataError(f"{metric}: there are no examples to score")
+    first, second = outcomes.T
+    value = float(METRICS[metric](first, second))
+    return Score(
+        value=value,
+        metric=metric,
+        higher_is_better=metric != "perplexity",
+        n=len(outcomes),
+        interval=_interval(METRICS[metric], (first, second), value),
+        outcomes=outcomes,
+    )
+
+
+def paired_difference(a: Score, b: Score) -> Difference:
+    """Score of b minus score of a, resampling examples, both outcomes of one together.
+
+    Much tighter than two separate intervals, as most examples are answered alike. Raises `DataError` where
+    the two scores are not of one metric on one set of examples.
+    """
+    same = a.metric == b.metric and a.n == b.n
+    if not same or (a.metric != "perplexity" and not np.array_equal(a.outcomes[:, 1], b.outcomes[:, 1])):
+        raise DataError(
+            f"scores of {a.metric} on {a.n} and {b.metric} on {b.n} examples cannot be paired: "
+            "evaluate both models on the same split with the same limit"
+        )
+    metric = METRICS[a.metric]
+
+    def difference(a1: Array, a2: Array, b1: Array, b2: Array, axis: int = -1) -> Array:
+        return metric(b1, b2, axis=axis) - metric(a1, a2, axis=axis)
+
+    value = b.value - a.value
+    return Difference(value=value, interval=_interval(difference, (*a.outcomes.T, *b.outcomes.T), value))
+
+
+def _interval(
+    statistic: Callable[..., Array], samples: tuple[Array, ...], value: float
+) -> tuple[float, float]:
+    size = len(samples[0])
+    if size < 2:  # nothing is known of the noise: say so by an interval as wide as the figure can be
+        return (value - 100.0, value + 100.0)
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2_000_000 // size),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return (float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: "Task",
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    progress: Progress = quiet,
+) -> Score:
+    """Score `model` on a split of `task` ("selection" to choose by, "test" once).
+
+    limit: a fixed random subset of so many examples. device: where the model is, unless said; it is moved
+    there and left there. The model runs in eval mode and gets its modes back. Raises `DataError` for data
+    that cannot be scored and `BadWeights` for outputs that are not finite.
+    """
+    rows = task.encode(tokenizer, split, limit)
+    if task.kind == "similarity" and len(task.text) != 2:
+        raise DataError(
+            f"task {task.name!r}: similarity is scored on two text columns, and text={task.text!r}"
+        )
+    if device is not None:
+        model.to(device)
+    where = next(model.parameters()).device
+    columns = rows[:]
+    outcomes = np.zeros((len(rows), 2))
+    order = inference_batches(lengths_of(columns), batch_size=batch_size)
+    collate = Collator(tokenizer)
+    with _inference(model):
+        for indices in progress(order, label=f"evaluating {task.name}", total=len(order)):
+            batch = collate([{key: part[i] for key, part in columns.items()} for i in indices])
+            batch = {key: part.to(where) for key, part in batch.items()}
+            outcomes[indices] = _outcomes(model, batch, task.kind)
+    if not np.isfinite(outcomes).all():
+        bad = int(np.flatnonzero(~np.isfinite(outcomes).all(axis=1))[0])
+        raise BadWeights(
+            f"the model's output for row {bad} of {task.name!r} ({split}) is not finite: look for NaN or "
+            "infinite weights"
+        )
+    return score_of(outcomes, task.metric)
+
+
+def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sentence embeddings (texts x width): the mean of the last hidden states over real tokens, in "
+    "float32."""
+    hidden = model(**batch).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> Array:
+    labels = batch.pop("labels")
+    if kind == "similarity":
+        first, second = embed(model, batch).chunk(2)
+        found = functional.cosine_similarity(first, second)
+    elif kind == "language_modelling":
+        logits = model(**batch).logits[:, :-1].float()
+        wanted = labels[:, 1:]
+        found = functional.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        found, labels = found.view(wanted.shape).sum(1), (wanted != IGNORED_LABEL).sum(1)
+    else:
+        logits = model(**batch).logits.float()
+        found = logits.argmax(-1) if kind == "classification" else logits.squeeze(-1)
+        if kind == "classification":  # argmax of NaN is a class like any other
+            found = found.float().masked_fill(~logits.isfinite().all(-1), math.nan)
+    return torch.stack([found.double(), labels.double()], dim=1).cpu().numpy()
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

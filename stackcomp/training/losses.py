@@ -1,0 +1,242 @@
+"""What training minimises. A loss sees the model and one padded batch, and calls the model itself.
+
+A batch is what `Collator` gives: tokens, labels where the loss wants them, and `index`, the number of each
+example in the training data, by which a loss may keep what it computed once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stackcomp.core.context import Progress, quiet
+from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
+from stackcomp.data.batches import IGNORED_LABEL, inference_batches
+
+if TYPE_CHECKING:
+    from stackcomp.data.task import Task
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a loss may use before the first step: the examples training will visit, and how to batch them.
+
+    visits: indices in the order of the steps, repeats included. lengths: tokens of every example. collate:
+    from indices to a batch on the right device. autocast: the context the forward passes run in.
+    """
+
+    task: "Task"
+    visits: Sequence[int]
+    lengths: Sequence[int]
+    batch_size: int
+    collate: Callable[[Sequence[int]], Batch]
+    autocast: Callable[[], Any]
+    progress: Progress = quiet
+
+
+class Loss(ABC):
+    """A scalar to minimise."""
+
+    labelled: bool = True
+    """Whether the batches must hold labels."""
+
+    @abstractmethod
+    def prepare(self, preparation: Preparation) -> None:
+        """Compute, once before the first step, what the steps will share."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drop what `prepare` kept."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch, a float32 scalar with a gradient to the model's parameters."""
+
+
+@dataclass(kw_only=True)
+class TaskLoss(Loss):
+    """The task's own loss on labels: cross-entropy for classes and next tokens, squared error for numbers.
+
+    For similarity the squared error of the cosine against labels scaled by `similarity_range` to [0, 1].
+    """
+
+    task: "Task"
+    similarity_range: tuple[float, float] = (0.0, 5.0)
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Nothing: the labels are all it takes."""
+
+    def release(self) -> None:
+        """Nothing was kept."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.task.kind == "similarity":
+            first, second = _pooled(model(**_tokens(batch)).last_hidden_state, batch).chunk(2)
+            low, high = self.similarity_range
+            return functional.mse_loss(
+                functional.cosine_similarity(first, second), (batch["labels"] - low) / (high - low)
+            )
+        return self.of_logits(model(**_tokens(batch)).logits, batch["labels"])
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a head's outputs."""
+        logits = logits.float()
+        if self.task.kind == "language_modelling":
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            return functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+        if self.task.kind == "classification":
+            return functional.cross_entropy(logits, labels)
+        return functional.mse_loss(logits.squeeze(-1), labels)
+
+
+@dataclass(kw_only=True)
+class DistillationLoss(Loss):
+    """Follow a teacher (Hinton et al., arXiv 1503.02531; hidden states as TinyBERT, arXiv 1909.10351).
+
+    loss = logits * L_out + labels * L_task + hidden * L_hid, with the three weights below.
+    L_out: T^2 KL(teacher / T || student / T) over classes or next tokens, squared error for regression, and
+    1 - cosine of the pooled embeddings for plain encoders. L_hid: squared error of hidden states over real
+    tokens relative to the teacher's energy, meaned over the student's layers; student layer i of s follows
+    teacher layer round(i t / s) of t. Where we differ from TinyBERT: no projection (widths must agree), no
+    attention maps, and the relative error puts every layer on one scale. Only labels > 0 needs labelled
+    data.
+
+    cache: where outputs alone are compared and examples come by more than once, the teacher runs once over
+    them before the first step; it has no dropout, so nothing is lost. Otherwise it runs beside the student.
+    """
+
+    teacher: nn.Module = field(repr=False)
+    task: "Task"
+    temperature: float = 2.0
+    logits: float = 1.0
+    hidden: float = 1.0
+    labels: float = 0.0
+    cache: bool = True
+    _kept: Tensor | None = field(default=None, init=False, repr=False)
+    _place: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("logits", "hidden", "labels"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}={getattr(self, name)!r}: the weight of a loss must be at least 0")
+        if self.logits + self.hidden + self.labels == 0:
+            raise SettingError(
+                "logits=0, hidden=0, labels=0: one weight must be above 0, or there is nothing to learn"
+            )
+        if not self.temperature > 0:
+            raise SettingError(f"temperature={self.temperature!r} must be above 0")
+        self.labelled = self.labels > 0
+        self._task_loss = TaskLoss(task=self.task)
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Run the teacher once over every example that training will visit, if that pays."""
+        needed = sorted(set(preparation.visits))
+        repeated = len(preparation.visits) >= 2 * len(needed)
+        if not self.cache or self.hidden > 0 or self.task.kind == "language_modelling" or not repeated:
+            return
+        self._place = torch.full((len(preparation.lengths),), -1)
+        self._place[needed] = torch.arange(len(needed))
+        order = inference_batches([preparation.lengths[i] for i in needed], batch_size=preparation.batch_size)
+        kept: list[Tensor] = [torch.empty(0)] * len(needed)
+        for places in preparation.progress(order, label="teacher", total=len(order)):
+            batch = preparation.collate([needed[place] for place in places])
+            with preparation.autocast():
+                outputs = self._of_teacher(batch)[0].cpu()
+            for row, place in enumerate(places):
+                # Both texts of a similarity pair are kept together.
+                kept[place] = outputs[row :: len(places)]
+        self._kept = torch.stack(kept)
+
+    def release(self) -> None:
+        """Drop the kept outputs of the teacher."""
+        self._kept = self._place = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        outputs = model(**_tokens(batch), output_hidden_states=self.hidden > 0)
+        if self._kept is not None and self._place is not None:
+            kept = self._kept[self._place[batch["index"].cpu()]]
+            wanted, layers = kept.transpose(0, 1).flatten(0, 1).to(batch["input_ids"].device), ()
+        else:
+            wanted, layers = self._of_teacher(batch)
+        loss = torch.zeros((), device=wanted.device)
+        if self.logits:
+            loss = loss + self.logits * self._of_outputs(self._compared(outputs, batch), wanted, batch)
+        if self.hidden:
+            loss = loss + self.hidden * _of_hidden(outputs.hidden_states, layers, batch["attention_mask"])
+        if self.labels:
+            loss = loss + self.labels * self._of_labels(outputs, batch)
+        return loss
+
+    @torch.no_grad()
+    def _of_teacher(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        modes = {module: module.training for module in self.teacher.modules()}
+        self.teacher.eval()
+        outputs = self.teacher(**_tokens(batch), output_hidden_states=self.hidden > 0)
+        for module, training in modes.items():
+            module.training = training
+        wanted = self._compared(outputs, batch)
+        if not wanted.isfinite().all():
+            raise TrainingDiverged(
+                "the teacher's outputs are not finite: look for NaN or infinite weights in the model as it "
+                "came"
+            )
+        return wanted, outputs.hidden_states if self.hidden > 0 else ()
+
+    def _compared(self, outputs: Any, batch: Batch) -> Tensor:
+        if self.task.kind == "similarity":
+            return _pooled(outputs.last_hidden_state, batch)
+        return outputs.logits.float()
+
+    def _of_outputs(self, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
+        if ours.shape != theirs.shape:
+            raise UnsupportedModel(
+                f"the teacher's outputs have shape {tuple(theirs.shape)} and the student's "
+                f"{tuple(ours.shape)}: "
+                "both must have the same head"
+            )
+        if self.task.kind == "similarity":
+            return (1 - functional.cosine_similarity(ours, theirs)).mean()
+        if self.task.kind == "regression":
+            return functional.mse_loss(ours, theirs)
+        if self.task.kind == "language_modelling":
+            real = batch["attention_mask"].bool()
+            ours, theirs = ours[real], theirs[real]
+        ours, theirs = (functional.log_softmax(part / self.temperature, dim=-1) for part in (ours, theirs))
+        return self.temperature**2 * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+    def _of_labels(self, outputs: Any, batch: Batch) -> Tensor:
+        if self.task.kind == "similarity":
+            raise SettingError(
+                "labels: a weight above 0 needs a head; for similarity distil logits and hidden states"
+            )
+        return self._task_loss.of_logits(outputs.logits, batch["labels"])
+
+
+def _of_hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -> Tensor:
+    students, teachers = len(ours) - 1, len(theirs) - 1  # the first of each is the embeddings' output
+    if ours[0].shape != theirs[0].shape:
+        raise UnsupportedModel(
+            f"hidden: the teacher's width is {theirs[0].shape[-1]} and the student's {ours[0].shape[-1]}; "
+            "set hidden=0"
+        )
+    real = mask.bool()
+    total = torch.zeros((), device=mask.device)
+    for layer in range(students + 1):
+        wanted = theirs[round(layer * teachers / students)][real].float()
+        total = total + (ours[layer][real].float() - wanted).pow(2).sum() / wanted.pow(2).sum()
+    return total / (students + 1)
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> Batch:
+    return {key: value for key, value in batch.items() if key not in ("labels", "index")}
+
+
+def _pooled(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    return (hidden.float() * mask).sum(1) / mask.sum(1)

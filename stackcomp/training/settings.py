@@ -1,0 +1,51 @@
+"""What a user sets of a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stackcomp.core.errors import SettingError
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train: AdamW, warm-up then a schedule, batches of similar lengths.
+
+    epochs: passes over the data, fractions too. steps: an upper bound on optimizer steps, or None. warmup:
+    share of the steps with a rising rate. schedule: how the rate falls afterwards, to 0 (linear, cosine) or
+    not at all (constant). bf16: run forward and backward under bfloat16 autocast; parameters and optimizer
+    stay as they are. dropout: leave the model's dropout on. limit: train on so many examples, a fixed
+    random subset. save_every: steps between the checkpoints that a killed run resumes from.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    bf16: bool = False
+    dropout: bool = True
+    limit: int | None = None
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name}={getattr(self, name)!r} must be above 0")
+        for name in ("batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("steps", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name}={value!r} must be at least 1, or None for no bound")
+        if not 0 <= self.warmup < 1:
+            raise SettingError(f"warmup={self.warmup!r} must be a share of the steps, in [0, 1)")
+        if self.weight_decay < 0:
+            raise SettingError(f"weight_decay={self.weight_decay!r} must be at least 0")
+        if self.schedule not in SCHEDULES:
+            raise SettingError(f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")

@@ -1,0 +1,290 @@
+"""Our subclass of `transformers.Trainer`. Imported only when something trains: the Trainer is slow to import.
+
+The model is wrapped together with its loss in a plain module, for three reasons: the Trainer then neither
+touches the model's config nor refuses a compressed model, autocast covers the loss, and data-parallel
+wrapping sees one forward.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from stackcomp.core.context import Progress
+from stackcomp.core.errors import CheckpointError, TrainingDiverged
+from stackcomp.data.batches import Collator, LengthBatches
+from stackcomp.training.losses import Loss
+from stackcomp.training.settings import TrainSettings
+
+MARKER = "complete.json"
+WEIGHTS = "weights.safetensors"
+PREFIX = "checkpoint-"
+RECENT = 20  # steps that the final loss is a mean of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run; `key` tells it from another one that may have used the same scratch folder."""
+
+    settings: TrainSettings
+    steps: int
+    seed: int
+    scratch: Path
+    key: str
+    device: torch.device
+    progress: Progress
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the steps themselves leave to report."""
+
+    final_loss: float
+    resumed_step: int
+
+
+class LossModule(nn.Module):
+    """The model and its loss as one module: forward gives the loss. A teacher inside the loss is no "
+    "submodule."""
+
+    def __init__(self, model: nn.Module, loss: Loss, run: Run) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._run = run
+
+    def train(self, mode: bool = True) -> "LossModule":
+        """Training mode, which leaves dropout off where the settings say so."""
+        super().train(mode and self._run.settings.dropout)
+        return self
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The loss of one batch."""
+        with self._run.autocast():
+            return self._loss(self.model, batch)
+
+
+class LossTrainer(Trainer):
+    """Our batches, losses and checkpoints on the Trainer's loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Loss,
+        rows: "torch.utils.data.Dataset[dict[str, Any]]",
+        batches: LengthBatches,
+        collate: Collator,
+        run: Run,
+    ) -> None:
+        self.collate = collate
+        self._batches = batches
+        self._run = run
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        with _caller_undisturbed():
+            super().__init__(
+                model=LossModule(model, loss, run),
+                args=_arguments(run),
+                train_dataset=rows,
+                data_collator=collate,
+                callbacks=[_Bar(run)],
+            )
+            self.remove_callback(PrinterCallback)
+
+    def run_all(self) -> Outcome:
+        """Train to the last step, from the last complete checkpoint in scratch if there is one."""
+        checkpoint = _last_checkpoint(self._run)
+        resumed = 0 if checkpoint is None else int(checkpoint.name.removeprefix(PREFIX))
+        if checkpoint is not None and resumed >= self._run.steps:  # the Trainer would take one step more
+            self._load_from_checkpoint(str(checkpoint))
+            return self._outcome(resumed)
+        with _caller_undisturbed():
+            _seed(self._run.seed)
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return self._outcome(resumed)
+
+    def _outcome(self, resumed: int) -> Outcome:
+        return Outcome(final_loss=sum(self._recent) / len(self._recent), resumed_step=resumed)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Batches of similar lengths, in an order of seed and epoch only."""
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,  # pyright: ignore[reportArgumentType]
+            batch_sampler=self._batches,
+            collate_fn=self.collate,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The plugged-in loss; refuses to go on with one that is not finite."""
+        loss = model(**inputs)
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss is {value} at step {self.state.global_step + 1} of {self._run.steps}: lower "
+                "learning_rate "
+                f"(now {self._run.settings.learning_rate:g}), raise warmup, or turn bf16 off"
+            )
+        self._recent.append(value)
+        return (loss, None) if return_outputs else loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        here = self._run.scratch / f"{PREFIX}{self.state.global_step}"
+        files = {path.name: path.stat().st_size for path in sorted(here.iterdir())}
+        marker = {"key": self._run.key, "files": files, "recent": list(self._recent)}
+        partial = here / f"{MARKER}.partial"
+        with partial.open("w") as file:
+            json.dump(marker, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(here / MARKER)
+        for other in self._run.scratch.glob(f"{PREFIX}*"):
+            if other != here:
+                shutil.rmtree(other)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Only what the steps change: a frozen weight is what it was when the run began.
+        folder = Path(output_dir or self._run.scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: part.contiguous().clone() for name, part in self._changing().items()}, folder / WEIGHTS
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint, WEIGHTS))
+        now = self._changing()
+        if saved.keys() != now.keys():
+            raise CheckpointError(
+                f"{resume_from_checkpoint}: its weights are of another model; remove the folder"
+            )
+        with torch.no_grad():
+            for name, part in now.items():
+                if not torch.equal(part, saved[name]):  # some constant buffers are expanded and take no copy
+                    part.copy_(saved[name])
+        marker = json.loads(Path(resume_from_checkpoint, MARKER).read_text())
+        self._recent.extend(marker["recent"])
+
+    def _changing(self) -> dict[str, Tensor]:
+        """Parameters that learn and every buffer, a shared one once (`named_*` leave repeats out)."""
+        model: nn.Module = self._model.model
+        learning = {
+            f"parameter.{name}": part.data for name, part in model.named_parameters() if part.requires_grad
+        }
+        return learning | {f"buffer.{name}": part for name, part in model.named_buffers()}
+
+    @property
+    def _model(self) -> LossModule:
+        return self.accelerator.unwrap_model(self.model)
+
+
+class _Bar(TrainerCallback):
+    """Draws the caller's progress bar, one tick a step."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ticks: Iterator[int] = iter(())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        left = range(state.global_step, self._run.steps)
+        self._ticks = iter(self._run.progress(left, label="training", total=len(left)))
+        next(self._ticks, None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        next(self._ticks, None)
+
+
+def _arguments(run: Run) -> TrainingArguments:
+    settings = run.settings
+    return TrainingArguments(
+        output_dir=str(run.scratch),
+        max_steps=run.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule
+        if settings.warmup == 0 or settings.schedule != "constant"
+        else "constant_with_warmup",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clip,
+        seed=run.seed,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=run.device.type == "cpu",
+        dataloader_pin_memory=run.device.type != "cpu",
+    )
+
+
+def _last_checkpoint(run: Run) -> Path | None:
+    """The newest complete checkpoint of this very run; what is half-written or of another run is removed."""
+    run.scratch.mkdir(parents=True, exist_ok=True)
+    complete = []
+    for folder in run.scratch.glob(f"{PREFIX}*"):
+        if _is_complete(folder, run.key):
+            complete.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(complete, key=lambda folder: int(folder.name.removeprefix(PREFIX)), default=None)
+
+
+def _is_complete(folder: Path, key: str) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        files = {name: (folder / name).stat().st_size for name in marker["files"]}
+    except (OSError, ValueError, KeyError):
+        return False
+    return marker["key"] == key and files == marker["files"]
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _caller_undisturbed() -> Iterator[None]:
+    """The Trainer seeds every generator and sets the library's verbosity: give both back."""
+    verbosity = logging.get_verbosity()
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            logging.set_verbosity(verbosity)

@@ -1,0 +1,100 @@
+"""What all passes that take gradient steps share: their settings and the way from a context into the loop.
+
+Imported by pass files at their top, so torch is imported only where a pass is applied.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from stackcomp import nn
+from stackcomp.core.facts import Fact
+from stackcomp.core.passes import Findings, Pass
+from stackcomp.core.selection import chooses
+from stackcomp.core.settings import whole
+from stackcomp.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from stackcomp.core.context import Context
+    from stackcomp.training.losses import Loss
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingPass(Pass):
+    """A pass that trains every floating-point parameter that `only` and `skip` leave it, embeddings and norms
+    included.
+
+    What earlier passes fixed stays fixed: a pruned entry stays zero, a support stays itself, an integer stays
+    on its grid, and of a weight rounded to integers only the scales are trained.
+
+    epochs: passes over the training split, fractions too, 0 does nothing; steps: an upper bound on optimizer
+    steps; learning_rate: its peak; batch_size: examples a step; warmup: share of the steps that the rate
+    rises; schedule: linear, cosine or constant; weight_decay: of AdamW; bf16: run under bfloat16 autocast;
+    dropout: leave the model's dropout on; limit: train on so many examples, a fixed random subset;
+    save_every: steps between the points from which a killed run resumes.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.01
+    bf16: bool = False
+    dropout: bool = True
+    limit: int | None = None
+    save_every: int = 100
+
+    idle: ClassVar[Mapping[str, Any]] = {"epochs": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            whole("steps", self.steps, 1)
+        if self.epochs != 0:
+            _ = self._settings
+
+    @property
+    def _settings(self) -> TrainSettings:
+        """The settings of the loop."""
+        names = TrainSettings.__dataclass_fields__
+        return TrainSettings(**{name: value for name, value in asdict(self).items() if name in names})
+
+    @abstractmethod
+    def _loss(self, context: "Context") -> "Loss":
+        """What to minimise."""
+
+    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+        from stackcomp import training
+
+        if self.epochs == 0:
+            return {}
+        assert context.task is not None
+        assert context.tokenizer is not None
+        report = training.train(
+            model,
+            task=context.task,
+            tokenizer=context.tokenizer,
+            loss=self._loss(context),
+            settings=self._settings,
+            seed=context.seed,
+            scratch=context.scratch,
+            trainable=lambda name: chooses(nn.relative(model, name), only=self.only, skip=self.skip),
+            device=context.device,
+            progress=context.progress,
+        )
+        rounded = [
+            id_
+            for id_, handle in nn.weights(model).items()
+            if any(Fact.INT8 in words for words in handle.spec.parts().values())
+        ]
+        note = (
+            {"rounded_weights": f"{len(rounded)} weights are integers: of these only the scales were trained"}
+            if rounded
+            else {}
+        )
+        return {**asdict(report), **note}

@@ -1,0 +1,42 @@
+import sys
+
+import stackcomp as sc
+from stackcomp.core import fingerprint
+
+BASE = {"seed": 0, "data": "d", "machine": {"threads": 2}}
+
+
+def test_everything_a_result_depends_on_changes_it():
+    first = fingerprint.link("start", sc.Int8Weights(), **BASE)
+    assert first == fingerprint.link("start", sc.Int8Weights(), **BASE)
+    others = [
+        fingerprint.link("other", sc.Int8Weights(), **BASE),
+        fingerprint.link("start", sc.Int8Weights(only="a"), **BASE),
+        fingerprint.link("start", sc.Int8Dynamic(), **BASE),
+        fingerprint.link("start", sc.Int8Weights(), **{**BASE, "seed": 1}),
+        fingerprint.link("start", sc.Int8Weights(), **{**BASE, "data": "e"}),
+        fingerprint.link("start", sc.Int8Weights(), **{**BASE, "machine": {"threads": 1}}),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_the_source_digest_follows_imports(tmp_path, monkeypatch):
+    package = tmp_path / "madeup"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("def go():\n    from madeup.b import x\n")
+    (package / "b.py").write_text("x = 1\n")
+    (package / "c.py").write_text("y = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def digest():
+        fingerprint.source_digest.cache_clear()
+        return fingerprint.source_digest("madeup.a")
+
+    before = digest()
+    (package / "c.py").write_text("y = 2\n")
+    assert digest() == before
+    (package / "b.py").write_text("x = 2\n")
+    assert digest() != before
+    assert "madeup.b" not in sys.modules
+    fingerprint.source_digest.cache_clear()

@@ -1,0 +1,133 @@
+"""Calibration: real tokens only, one run for all layers, and the model left as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
+from stackcomp.data import Calibration, tasks
+
+TEXTS = [
+    "the film was very good",
+    "bad plot",
+    "a good actor and a bad film",
+    "not the film",
+    "very very bad actor",
+] * 3
+
+
+def bert(seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=32,
+    )
+    return BertModel(config).train()
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+
+
+def test_moments_are_those_of_each_text_alone(tokenizer) -> None:
+    model = bert()
+    wanted = {name: module for name, module in linears(model).items() if "pooler" not in name}
+    found = Calibration(TEXTS, tokenizer, batch_size=4).second_moments(model, wanted)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0][0].detach()))
+        for name, module in wanted.items()
+    ]
+    model.eval()
+    for text in TEXTS:  # one at a time, so nothing is padded
+        model(**tokenizer(text, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    for name, moment in found.items():
+        x = torch.cat(inputs[name])
+        assert moment.count == len(x)
+        torch.testing.assert_close(moment.total, x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moment.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moment.average, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_one_input_share_one_moment(tokenizer) -> None:
+    model = bert()
+    found = Calibration(TEXTS, tokenizer).second_moments(model, linears(model))
+    attention = "encoder.layer.0.attention"
+    assert found[f"{attention}.self.query"] is found[f"{attention}.self.value"]
+    assert found[f"{attention}.self.query"] is not found[f"{attention}.output.dense"]
+    assert found["pooler.dense"].count == len(TEXTS)
+
+
+def test_one_layer_alone_gives_the_same_and_stops_early(tokenizer) -> None:
+    model = bert()
+    calibration = Calibration(TEXTS, tokenizer, batch_size=4)
+    name = "encoder.layer.0.intermediate.dense"
+    everything = calibration.second_moments(model, linears(model))[name]
+    runs = []
+    model.encoder.layer[1].register_forward_hook(lambda *_: runs.append(1))
+    alone = calibration.second_moments(model, {name: linears(model)[name]})[name]
+    assert torch.equal(alone.total, everything.total)
+    assert len(runs) == 1  # the first batch, which counts the calls
+    assert len(calibration) == 4
+
+
+def test_the_model_is_left_as_it_was(tokenizer) -> None:
+    model = bert()
+    model.encoder.layer[1].eval()
+    modes = [module.training for module in model.modules()]
+    Calibration(TEXTS, tokenizer).second_moments(model, linears(model))
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_conv1d_and_windows(tokenizer) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=4, n_layer=1, n_head=2))
+    rows = [{"text": text} for text in TEXTS]
+    task = tasks.language_modelling({"train": rows, "validation": rows, "test": rows}, max_length=8)
+    encoded = task.encode(tokenizer, "train", labelled=False)
+    found = Calibration.from_encoded(encoded, tokenizer).second_moments(
+        model, {"fc": model.transformer.h[0].mlp.c_fc}
+    )
+    assert found["fc"].total.shape == (4, 4)
+    assert found["fc"].count == sum(len(row) for row in encoded["input_ids"])
+
+
+def test_too_little_text_warns_with_the_rank(tokenizer) -> None:
+    model = bert()
+    name = "encoder.layer.0.output.dense"
+    with pytest.warns(TooLittleCalibration, match="3 calibration tokens for 12 input features"):
+        found = Calibration(["film"], tokenizer).second_moments(model, {name: linears(model)[name]})
+    assert torch.linalg.matrix_rank(found[name].total) <= 3
+
+
+def test_no_text_and_unreached_layers_are_refused(tokenizer) -> None:
+    with pytest.raises(DataError, match="needs text"):
+        Calibration([], tokenizer)
+    with pytest.raises(UnsupportedModel, match="stray: the model never runs"):
+        Calibration(TEXTS, tokenizer).second_moments(bert(), {"stray": nn.Linear(8, 8)})
+
+
+def test_cross_moments(tokenizer) -> None:
+    dense, other = bert(), bert()
+    names = ("encoder.layer.0.output.dense", "encoder.layer.1.attention.self.query")
+    both = {name: (linears(dense)[name], linears(other)[name]) for name in names}
+    calibration = Calibration(TEXTS, tokenizer, batch_size=4)
+    same = calibration.cross_moments(dense, other, both)
+    alone = calibration.second_moments(dense, {name: pair[0] for name, pair in both.items()})
+    for name in names:
+        torch.testing.assert_close(same[name].cross, alone[name].total)
+    with torch.no_grad():
+        other.encoder.layer[0].output.LayerNorm.weight.mul_(2)
+    changed = calibration.cross_moments(dense, other, both)[names[1]]
+    torch.testing.assert_close(changed.cross, 2 * alone[names[1]].total, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed.total, 4 * alone[names[1]].total, rtol=1e-4, atol=1e-4)
+    assert changed.count == alone[names[1]].count

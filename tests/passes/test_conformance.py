@@ -1,0 +1,149 @@
+"""What every pass must do. A new pass joins by existing: the list is the registry."""
+
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import checkpoint, nn
+from stackcomp.core.context import Context, quiet
+from stackcomp.core.errors import UnknownSetting
+from stackcomp.manager import Measuring, plan_of
+from stackcomp.passes import registered
+from tests import toys
+
+PASSES = registered()
+
+
+def quick(cls, **settings):
+    """The pass with its defaults, two steps where it trains."""
+    known = {field.name for field in fields(cls)}
+    return cls(**({"steps": 2, "batch_size": 4} if "steps" in known else {}), **settings)
+
+
+def manager(out, tokenizer, **settings):
+    return sc.PassManager(
+        out=out,
+        task=toys.classification_task(),
+        tokenizer=tokenizer,
+        measuring=Measuring(limit=8, latency=False),
+        progress=quiet,
+        **settings,
+    )
+
+
+def apply(step, model, tokenizer, tmp_path, task=None):
+    """The pass alone, on a model in memory."""
+    plan = plan_of(model)
+    original = copy.deepcopy(model)
+    chosen = (
+        plan.select(only=step.only, skip=step.skip)
+        if not step.contract.trains
+        else tuple(w.id for w in plan.weights)
+    )
+    task = task or toys.classification_task()
+    context = Context(
+        targets=chosen,
+        seed=0,
+        scratch=tmp_path / "scratch",
+        task=task,
+        tokenizer=tokenizer,
+        teacher=lambda: original,
+        calibration=lambda count: task.texts("train", count),
+    )
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    return step.apply(model, context)
+
+
+@pytest.fixture(params=sorted(PASSES))
+def step(request):
+    return quick(PASSES[request.param])
+
+
+@pytest.fixture
+def tokenizer():
+    return toys.tokenizer()
+
+
+@pytest.fixture
+def model():
+    return toys.bert_classifier()
+
+
+def test_settings_round_trip(step):
+    assert sc.parse(repr(step)).flat() == (step,)
+    assert hash(sc.parse(repr(step)).flat()[0]) == hash(step)
+
+
+def test_a_misspelt_setting_is_refused(step):
+    with pytest.raises(UnknownSetting, match="did you mean only"):
+        type(step)(onyl="encoder.*")
+
+
+def test_docstring_and_paper_are_there(step):
+    assert (type(step).__doc__ or "").strip()
+    assert "arXiv" in step.paper
+    for field in fields(step):
+        if field.name not in ("only", "skip"):  # explained once, on Pass
+            assert field.name in type(step).__doc__, f"{step.name} does not explain {field.name}"
+
+
+def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, tokenizer, tmp_path):
+    before = nn.weights_digest(model)
+    training = model.training
+    result = manager(tmp_path / "out", tokenizer).run(model, step)
+    assert nn.weights_digest(model) == before
+    assert model.training == training
+    batch = toys.batch(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "out")(**batch).logits, result.model(**batch).logits)
+        assert torch.isfinite(result.model(**batch).logits).all()
+    row = result.ledger.rows[-1]
+    assert row.size_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_same_seed_same_weights(step, model, tokenizer, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        manager(tmp_path / name, tokenizer, seed=3).run(model, step)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_save_then_load_gives_the_same_logits(step, model, tokenizer, tmp_path):
+    apply(step, model, tokenizer, tmp_path)
+    batch = toys.batch(tokenizer)
+    model.eval()
+    checkpoint.save(model, tmp_path / "saved", tokenizer=tokenizer)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
+
+
+def test_dtype_and_device_are_kept(step, model, tokenizer, tmp_path):
+    model = model.to(torch.bfloat16)
+    apply(step, model, tokenizer, tmp_path)
+    model.eval()
+    floats = {part.dtype for part in model.parameters() if part.is_floating_point()}
+    assert floats == {torch.bfloat16}
+    assert {part.device.type for part in model.parameters()} == {"cpu"}
+    assert model(**toys.batch(tokenizer)).logits.dtype == torch.bfloat16
+
+
+def test_tied_weights_stay_tied(step, tokenizer, tmp_path):
+    model = toys.gpt2_lm()
+    apply(step, model, tokenizer, tmp_path, task=toys.language_task())
+    (words,) = [handle for handle in nn.weights(model).values() if "lm_head" in handle.spec.paths]
+    assert set(words.spec.paths) == {"wte", "lm_head"}
+    checkpoint.save(model, tmp_path / "saved")
+    reloaded = checkpoint.load(tmp_path / "saved")
+    (words,) = [handle for handle in nn.weights(reloaded).values() if "lm_head" in handle.spec.paths]
+    assert set(words.spec.paths) == {"wte", "lm_head"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in PASSES.items() if cls.idle is not None))
+def test_settings_that_ask_for_nothing_do_nothing(name, model, tokenizer, tmp_path):
+    before = nn.weights_digest(model)
+    apply(PASSES[name](**PASSES[name].idle), model, tokenizer, tmp_path)
+    assert nn.weights_digest(model) == before

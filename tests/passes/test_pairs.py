@@ -1,0 +1,62 @@
+"""Every ordered pair of passes on a toy transformer: legal ones run, the others are refused before any
+compute."""
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import checkpoint
+from stackcomp.core.contract import legal
+from stackcomp.core.errors import PipelineRefused
+from stackcomp.manager import plan_of
+from stackcomp.passes import registered
+from tests import toys
+from tests.passes.test_conformance import manager, quick
+
+PASSES = {name: quick(cls) for name, cls in registered().items()}
+
+
+@pytest.mark.parametrize("second", sorted(PASSES))
+@pytest.mark.parametrize("first", sorted(PASSES))
+def test_pair(first, second, tmp_path):
+    model, tokenizer = toys.bert_classifier(), toys.tokenizer()
+    pipeline = sc.Pipeline(PASSES[first], PASSES[second])
+    if not legal(pipeline.flat(), plan_of(model)):
+        with pytest.raises(PipelineRefused):
+            manager(tmp_path / "out", tokenizer).run(model, pipeline)
+        assert not (tmp_path / "out").exists()
+        return
+    result = manager(tmp_path / "out", tokenizer).run(
+        model, pipeline
+    )  # compares facts with the contract after each pass
+    batch = toys.batch(tokenizer)
+    with torch.no_grad():
+        logits = result.model(**batch).logits
+        assert torch.isfinite(logits).all()
+        assert torch.equal(checkpoint.load(tmp_path / "out")(**batch).logits, logits)
+    assert result.ledger.rows[-1].size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == sum(
+        checkpoint.components(tmp_path / "out").values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        ("DenseSparse", "Int8Weights", True),
+        ("DenseSparse", "Int8Dynamic", True),
+        ("LowRank", "Int8Weights", True),
+        ("LowRank", "MagnitudePrune", True),
+        ("MagnitudePrune", "Int8Weights", True),
+        ("MagnitudePrune", "Distill", True),
+        ("Int8Weights", "Distill", True),
+        ("Int8Weights", "DenseSparse", False),
+        ("Int8Weights", "Int8Dynamic", False),
+        ("DenseSparse", "DenseSparse", False),
+        ("DenseSparse", "LowRank", False),
+        ("MagnitudePrune", "DenseSparse", False),
+        ("MagnitudePrune", "MagnitudePrune", False),
+    ],
+)
+def test_the_contracts_say_what_a_user_expects(first, second, allowed):
+    assert legal((PASSES[first], PASSES[second]), plan_of(toys.bert_classifier())) is allowed

@@ -1,0 +1,95 @@
+"""The command line as a user meets it: exit status, messages, and what it does not import."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stackcomp.cli import main
+
+LEGAL = "import stackcomp as sc\npipeline = sc.Pipeline(sc.MagnitudePrune(only='encoder.layer.*'), sc.Int8Weights())\n"
+ILLEGAL = "import stackcomp as sc\npipeline = sc.Pipeline(sc.Int8Weights(), sc.MagnitudePrune())\n"
+
+
+def file(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_check_prints_what_each_step_reaches(tmp_path, capsys):
+    assert main(["check", file(tmp_path, LEGAL)]) == 0
+    out = capsys.readouterr().out
+    assert "a plain dense model" in out
+    assert "MagnitudePrune(only='encoder.layer.*'): 12 weights" in out
+
+
+def test_an_illegal_order_is_refused_on_standard_error(tmp_path, capsys):
+    assert main(["check", file(tmp_path, ILLEGAL)]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "PipelineRefused: step 2, MagnitudePrune()" in found.err
+    assert "a legal order: MagnitudePrune() -> Int8Weights()" in found.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\n", "defines no `pipeline`"),
+        ("x = 1\nraise KeyError('k')\n", "line 2: KeyError"),
+        ("def f(:\n", "line 1: SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit"),
+        ("pipeline = 3\n", "is no Pipeline"),
+        ("import stackcomp as sc\npipeline = sc.Int8Weights(onyl='x')\n", "did you mean only"),
+        ("import stackcomp as sc\npipeline = sc.Int8Weights(only='nowhere.*')\n", "nearest paths are"),
+        ("import stackcomp as sc\npipeline = sc.Int8Weights()\nmodel = 'no/such/folder'\n", "no/such/folder"),
+    ],
+)
+def test_bad_files_exit_with_2_and_say_why(tmp_path, capsys, text, said):
+    assert main(["check", file(tmp_path, text)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_file_and_a_run_without_a_task(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "none.py")]) == 2
+    assert "is no file" in capsys.readouterr().err
+    assert main(["run", file(tmp_path, LEGAL), "--out", str(tmp_path / "out")]) == 2
+    assert "defines no `model`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_refuses_what_is_no_run(tmp_path, capsys):
+    assert main(["show", str(tmp_path)]) == 2
+    assert "no ledger.json" in capsys.readouterr().err
+    (tmp_path / "ledger.json").write_text("{")
+    assert main(["show", str(tmp_path), "--json"]) == 2
+    (tmp_path / "ledger.json").write_text('{"format": 1, "rows": []}')
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"format": 1, "rows": []}
+
+
+def test_passes_lists_every_registered_pass(capsys):
+    from stackcomp.passes import registered
+
+    assert main(["passes"]) == 0
+    out = capsys.readouterr().out
+    for name, cls in registered().items():
+        assert f"{name}\n" in out
+        assert cls.paper in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["passes"], ["check", "FILE"]])
+def test_light_commands_import_neither_torch_nor_transformers_and_are_quick(tmp_path, arguments):
+    given = [file(tmp_path, LEGAL) if item == "FILE" else item for item in arguments]
+    code = (
+        "import sys\nfrom stackcomp.cli import main\n"
+        f"try:\n    status = main({given!r})\nexcept SystemExit as end:\n    status = end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'scipy', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 5

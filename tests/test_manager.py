@@ -1,0 +1,286 @@
+"""The manager on a toy model: what it refuses, what it leaves, and what survives a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import checkpoint, nn
+from stackcomp.core.contract import Contract
+from stackcomp.core.errors import (
+    BadWeights,
+    CheckpointError,
+    ContractBroken,
+    DataError,
+    MissingNeed,
+    NothingToCompress,
+    OutputInUse,
+    PipelineRefused,
+    SelectionEmpty,
+    UnsupportedModel,
+)
+from stackcomp.core.facts import Fact, facts
+from stackcomp.core.passes import Pass
+from tests import toys
+from tests.passes.test_conformance import manager
+
+STACK = sc.Pipeline(sc.MagnitudePrune(sparsity=0.5), sc.Distill(steps=3, batch_size=4), sc.Int8Weights())
+
+
+@pytest.fixture
+def tokenizer():
+    return toys.tokenizer()
+
+
+@pytest.fixture
+def model():
+    return toys.bert_classifier()
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_a_checkpoint_a_recipe_and_a_ledger_that_adds_up(model, tokenizer, tmp_path):
+    result = manager(tmp_path / "out", tokenizer).run(model, STACK)
+    assert [row.name for row in result.ledger.rows] == ["dense", "MagnitudePrune", "Distill", "Int8Weights"]
+    for row, folder in zip(result.ledger.rows, sorted((tmp_path / "out" / "steps").iterdir()), strict=True):
+        assert row.size_bytes == (folder / "model.safetensors").stat().st_size
+        assert row.measured.score is not None
+    assert result.ledger.rows[1].size_bytes < result.ledger.rows[0].size_bytes
+    assert (
+        result.ledger.rows[3].layer_bytes
+        < result.ledger.rows[2].layer_bytes
+        < result.ledger.rows[0].layer_bytes
+    )
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert sc.parse(recipe["pipeline"]) == STACK
+    assert not (tmp_path / "out" / "scratch").exists()
+
+
+def test_it_reloads_in_a_new_process_with_the_same_logits(model, tokenizer, tmp_path):
+    result = manager(tmp_path / "out", tokenizer).run(model, STACK)
+    torch.save(toys.batch(tokenizer), tmp_path / "batch.pt")
+    code = (
+        "import sys, torch, stackcomp\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        f"batch = torch.load({str(tmp_path / 'batch.pt')!r})\n"
+        f"model = Auto.from_pretrained({str(tmp_path / 'out')!r})\n"
+        f"with torch.no_grad(): torch.save(model(**batch).logits, {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), result.model(**toys.batch(tokenizer)).logits)
+
+
+def test_a_refused_pipeline_leaves_nothing(model, tokenizer, tmp_path):
+    with pytest.raises(PipelineRefused, match="a legal order"):
+        manager(tmp_path / "out", tokenizer).run(model, sc.Pipeline(sc.Int8Weights(), sc.MagnitudePrune()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_weights_are_named_before_any_compute(model, tokenizer, tmp_path):
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(BadWeights, match=r"encoder\.layer\.1\.output\.dense"):
+        manager(tmp_path / "out", tokenizer).run(model, STACK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_glob_that_matches_nothing_is_refused(model, tokenizer, tmp_path):
+    with pytest.raises(SelectionEmpty, match="nearest paths"):
+        manager(tmp_path / "out", tokenizer).run(model, sc.Int8Weights(only="decoder.*"))
+
+
+def test_what_is_no_model_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UnsupportedModel, match="Linear"):
+        manager(tmp_path / "out", tokenizer).run(torch.nn.Linear(3, 3), STACK)
+
+
+def test_a_model_without_a_linear_layer_is_refused():
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class Bare(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self):
+            super().__init__(PreTrainedConfig())
+            self.norm = torch.nn.LayerNorm(4)
+
+    with pytest.raises(NothingToCompress, match="no linear layer"):
+        sc.check(sc.Int8Weights(), Bare())
+
+
+def test_needs_are_checked_first(model, tokenizer, tmp_path):
+    with pytest.raises(MissingNeed, match="Distill needs a task"):
+        sc.PassManager(out=tmp_path / "out", tokenizer=tokenizer).run(model, STACK)
+    with pytest.raises(MissingNeed, match="tokenizer"):
+        sc.PassManager(out=tmp_path / "out", task=toys.classification_task()).run(model, STACK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_data_are_refused_before_the_first_pass(model, tokenizer, tmp_path):
+    task = toys.classification_task(labelled=False)
+    run = sc.PassManager(out=tmp_path / "out", task=task, tokenizer=tokenizer)
+    with pytest.raises((DataError, MissingNeed), match="label"):
+        run.run(model, sc.Pipeline(sc.MagnitudePrune(), sc.FineTune(steps=2)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_in_use_is_refused(model, tokenizer, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputInUse, match="something else"):
+        manager(tmp_path / "mine", tokenizer).run(model, sc.Int8Weights(), resume=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    manager(tmp_path / "out", tokenizer).run(model, sc.Int8Weights())
+    with pytest.raises(OutputInUse, match="resume"):
+        manager(tmp_path / "out", tokenizer).run(model, sc.Int8Weights())
+
+
+def test_resume_runs_only_what_is_not_there(model, tokenizer, tmp_path):
+    manager(tmp_path / "out", tokenizer).run(model, sc.Pipeline(*STACK.steps[:2]))
+    stamps = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "steps").rglob("model.safetensors")
+    }
+    result = manager(tmp_path / "out", tokenizer).run(model, STACK, resume=True)
+    assert len(result.ledger.rows) == 4
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    again = manager(tmp_path / "whole", tokenizer).run(model, STACK)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert again.ledger.rows[-1].fingerprint == result.ledger.rows[-1].fingerprint
+
+
+def test_resume_with_other_settings_forgets_what_no_longer_holds(model, tokenizer, tmp_path):
+    manager(tmp_path / "out", tokenizer).run(model, STACK)
+    result = manager(tmp_path / "out", tokenizer).run(
+        model, sc.Pipeline(sc.MagnitudePrune(sparsity=0.5), sc.Int8Dynamic()), resume=True
+    )
+    assert [row.name for row in result.ledger.rows] == ["dense", "MagnitudePrune", "Int8Dynamic"]
+    assert len(list((tmp_path / "out" / "steps").iterdir())) == 3
+    assert weights(tmp_path / "out") == weights(tmp_path / "out" / "steps" / "02-int8-dynamic")
+
+
+def test_a_damaged_step_is_noticed_and_made_again(model, tokenizer, tmp_path):
+    manager(tmp_path / "out", tokenizer).run(model, STACK)
+    good = weights(tmp_path / "out")
+    path = tmp_path / "out" / "steps" / "02-distill" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.unlink()
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(path.parent)
+    manager(tmp_path / "out", tokenizer).run(model, STACK, resume=True)
+    checkpoint.verify(path.parent)
+    assert weights(tmp_path / "out") == good
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Liar(Pass):
+    """Says it rounds, and does nothing."""
+
+    paper = "none"
+
+    @property
+    def contract(self):
+        return Contract(
+            requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE)
+        )
+
+    def apply(self, model, context):
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sneak(Liar):
+    """Says it does nothing, and rounds."""
+
+    @property
+    def contract(self):
+        return Contract()
+
+    def apply(self, model, context):
+        for id_ in context.targets:
+            nn.quantize(model, id_, dynamic=False)
+        return {}
+
+
+@pytest.mark.parametrize("wrong", [Liar(), Sneak()])
+def test_a_pass_that_breaks_its_contract_is_named(wrong, model, tokenizer, tmp_path):
+    with pytest.raises(ContractBroken, match=f"{wrong.name} broke its contract at encoder"):
+        manager(tmp_path / "out", tokenizer).run(model, wrong)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_resumes(model, tokenizer, tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        manager(tmp_path / "out", tokenizer).run(model, STACK)
+    monkeypatch.undo()
+    for folder in (tmp_path / "out" / "steps").iterdir():
+        checkpoint.verify(folder)
+    assert not (tmp_path / "out" / "config.json").exists()
+    manager(tmp_path / "out", tokenizer).run(model, STACK, resume=True)
+    manager(tmp_path / "whole", tokenizer).run(model, STACK)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+KILLED = """ import sys, torch torch.set_num_threads(1) import stackcomp as sc from tests import toys from
+tests.passes.test_conformance import manager stack = sc.Pipeline(sc.LowRank(ratio=1.5), sc.Distill(steps=12,
+batch_size=4, save_every=2, dropout=True), sc.Int8Weights()) manager(sys.argv[1],
+toys.tokenizer()).run(toys.bert_classifier(), stack, resume=True)
+"""
+
+
+def start(folder):
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(folder)], stdout=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(tmp_path, seed, whole_run):
+    """Kill at a random moment of what a whole run takes once it writes, then resume."""
+    seconds, expected = whole_run
+    process = start(tmp_path / "out")
+    while not (tmp_path / "out").exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (tmp_path / "out" / "config.json").exists():
+        checkpoint.verify(tmp_path / "out")
+    assert start(tmp_path / "out").wait() == 0
+    assert weights(tmp_path / "out") == expected
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Seconds from the first write to the end of an uninterrupted run, and its weights."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = start(out)
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.005)
+    began = time.perf_counter()
+    assert process.wait() == 0
+    return time.perf_counter() - began, weights(out)
