@@ -12,6 +12,7 @@ says is what a user loads, and a resumed run cannot differ from one that was nev
 import gc
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,8 @@ class PassManager:
 
         source = self._module(model)
         plans = contract.predict(pipeline.flat(), plan_of(source))
-        self._check_needs(pipeline)
+        tokenizer = self._tokenizer()
+        self._check_needs(pipeline, tokenizer)
         nn.check_finite(source)
         out = Path(self.out)
         self._claim(out, resume)
@@ -151,7 +153,7 @@ class PassManager:
             (out / "steps").mkdir(exist_ok=True)
             remove_partial(out / "steps")
             return _Run(
-                manager=self, out=out, source=source, passes=pipeline.flat(), plans=plans, text=repr(pipeline)
+                manager=self, out=out, source=source, tokenizer=tokenizer, passes=pipeline.flat(), plans=plans
             ).go()
 
     def _module(self, model: "nn.Module | str | Path") -> "PreTrainedModel":
@@ -161,12 +163,29 @@ class PassManager:
         if isinstance(model, PreTrainedModel):
             return model
         if isinstance(model, str | Path):
+            import torch
+
+            torch.manual_seed(self.seed)  # a new head is drawn at random
             return load_model(model, self.task)
         raise UnsupportedModel(
             f"model={type(model).__name__} is no transformers model: give a PreTrainedModel, a folder or a hub name"
         )
 
-    def _check_needs(self, pipeline: Pipeline | Pass) -> None:
+    def _tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer, loaded where a path or hub name was given."""
+        if not isinstance(self.tokenizer, str | Path):
+            return self.tokenizer
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise MissingNeed(
+                f"tokenizer={str(self.tokenizer)!r} holds no tokenizer: give one, or where it is"
+            ) from error
+
+    def _check_needs(self, pipeline: Pipeline | Pass, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        """Refuse before any compute what a pass or the score would miss later."""
         for step in pipeline.flat():
             needs = step.contract.needs
             if needs & {Need.LABELS, Need.TEXT} and self.task is None:
@@ -175,16 +194,16 @@ class PassManager:
                 raise MissingNeed(
                     f"{step.name} needs calibration text: PassManager(task=...) or PassManager(calibration=[...])"
                 )
-            if needs and self.tokenizer is None:
+            if needs and tokenizer is None:
                 raise MissingNeed(f"{step.name} reads text: PassManager(tokenizer=...)")
-            if Need.LABELS in needs and self.task is not None and self.task.label is None:
+            if Need.LABELS in needs and self.task is not None and tokenizer is not None:
+                self.task.encode(tokenizer, "train", 1)
+        if self.task is not None:
+            if tokenizer is None:
                 raise MissingNeed(
-                    f"{step.name} needs labels, and task {self.task.name!r} has none: name its label column"
+                    f"task {self.task.name!r} cannot be scored without PassManager(tokenizer=...)"
                 )
-        if self.task is not None and self.tokenizer is None:
-            raise MissingNeed(
-                f"task {self.task.name!r} cannot be scored without a tokenizer: PassManager(tokenizer=...)"
-            )
+            self.task.encode(tokenizer, self.measuring.split, 1)
 
     def _claim(self, out: Path, resume: bool) -> None:
         """Make `out` ours, or raise OutputInUse."""
@@ -209,9 +228,9 @@ class _Run:
     manager: PassManager
     out: Path
     source: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
     passes: tuple[Pass, ...]
     plans: list[Plan]
-    text: str
 
     def go(self) -> Result:
         chain = self._chain()
@@ -239,7 +258,7 @@ class _Run:
         from stackcomp import nn
 
         manager = self.manager
-        tokenizer = manager.tokenizer.get_vocab() if manager.tokenizer is not None else None
+        tokenizer = self.tokenizer.get_vocab() if self.tokenizer is not None else None
         chain = [
             fingerprint.digest(
                 {
@@ -316,6 +335,8 @@ class _Run:
         from stackcomp import checkpoint
         from stackcomp.metrics.cost import PeakMemory
 
+        if step:
+            self._say(f"[{step}/{len(self.passes)}] {self.passes[step - 1]}")
         start = time.perf_counter()
         findings: Findings = {}
         with PeakMemory() as memory:
@@ -341,7 +362,7 @@ class _Run:
         checkpoint.save(
             model,
             self._folder(step),
-            tokenizer=self.manager.tokenizer,
+            tokenizer=self.tokenizer,
             recipe={"pipeline": repr(Pipeline(*self.passes[:step])), "seed": self.manager.seed},
             ledger=lambda sizes: Ledger((replace(row, components=sizes),)).to_json(),
         )
@@ -369,7 +390,7 @@ class _Run:
             scratch=scratch,
             device=self.manager.device,
             task=self.manager.task,
-            tokenizer=self.manager.tokenizer,
+            tokenizer=self.tokenizer,
             teacher=lambda: self._load(0),
             calibration=self._calibration,
             progress=self._progress,
@@ -385,7 +406,7 @@ class _Run:
         found = Measured()
         if manager.task is not None:
             score = self._dense_score if step == 0 else self._score(model)
-            difference = metrics.paired_difference(score, self._dense_score)
+            difference = metrics.paired_difference(self._dense_score, score)
             found = replace(
                 found,
                 metric=score.metric,
@@ -422,10 +443,10 @@ class _Run:
 
         manager, how = self.manager, self.manager.measuring
         assert manager.task is not None
-        assert manager.tokenizer is not None
+        assert self.tokenizer is not None
         return metrics.evaluate(
             model,
-            manager.tokenizer,
+            self.tokenizer,
             manager.task,
             split=how.split,
             limit=how.limit,
@@ -468,6 +489,11 @@ class _Run:
     @property
     def _progress(self) -> Progress:
         return self.manager.progress or bars
+
+    def _say(self, text: str) -> None:
+        """Tell a person what is under way, unless another progress was given."""
+        if self.manager.progress is None:
+            print(text, file=sys.stderr, flush=True)
 
     def _calibration(self, count: int) -> Sequence[Any]:
         """The first `count` calibration texts."""

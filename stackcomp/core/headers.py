@@ -144,9 +144,10 @@ def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same from the hub: the config file and the headers, never the weights."""
     from huggingface_hub import HfApi
 
+    hub: Any = HfApi()
     try:
-        config = json.loads(Path(HfApi().hf_hub_download(name, "config.json")).read_text("utf8"))
-        found = HfApi().get_safetensors_metadata(name)
+        config = json.loads(Path(hub.hf_hub_download(name, "config.json")).read_text("utf8"))
+        found = hub.get_safetensors_metadata(name)
     except Exception as error:
         raise UnsupportedModel(
             f"{name!r} is neither a folder with a model nor a name the hub gives ({type(error).__name__}): check the path"

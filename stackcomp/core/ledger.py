@@ -79,8 +79,9 @@ class Ledger:
             )
         rows: list[Row] = []
         for raw in data["rows"]:
-            entry: dict[str, Any] = {name: value for name, value in raw.items() if name != "size_bytes"}
-            row = Row(**(entry | {"measured": Measured(**entry["measured"])}))
+            measured = Measured(**raw["measured"])
+            rest = {name: value for name, value in raw.items() if name not in ("size_bytes", "measured")}
+            row = Row(**rest, measured=measured)
             if row.size_bytes != raw["size_bytes"]:
                 raise CheckpointError(
                     f"ledger row {row.step}: components sum to {row.size_bytes}, not {raw['size_bytes']}; it was altered"

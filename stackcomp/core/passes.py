@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
@@ -54,16 +54,13 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         for name in ("only", "skip"):
-            value = getattr(self, name)
-            globs = (value,) if isinstance(value, str) else value
-            if globs is None:
+            value: Any = getattr(self, name)
+            if value is None or isinstance(value, str):
                 continue
-            if not (
-                isinstance(globs, tuple | list) and globs and all(isinstance(glob, str) for glob in globs)
-            ):
+            globs = cast("list[Any]", [*value]) if isinstance(value, tuple | list) else []
+            if not globs or not all(isinstance(glob, str) for glob in globs):
                 raise SettingError(f"{name}={value!r} is no glob: give a string or a tuple of strings")
-            if isinstance(value, list):  # a list would make the pass unhashable
-                object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(globs))  # a list would make the pass unhashable
 
     @property
     def name(self) -> str:
@@ -90,7 +87,7 @@ class Pass(ABC):
 
     def __repr__(self) -> str:
         """Python that builds this pass again; settings at their default are left out."""
-        shown = []
+        shown: list[str] = []
         for field in fields(self):
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             value = getattr(self, field.name)

@@ -15,7 +15,7 @@ class Pipeline:
     __slots__ = ("steps",)
     steps: "tuple[Pass | Pipeline, ...]"
 
-    def __init__(self, *steps: "Pass | Pipeline") -> None:
+    def __init__(self, *steps: Any) -> None:
         for step in steps:
             if not isinstance(step, Pass | Pipeline):
                 raise SettingError(

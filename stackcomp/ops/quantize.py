@@ -10,7 +10,7 @@ Rounding is to nearest, ties to even; scales are float32 whatever the dtype of t
 """
 
 import torch
-from jaxtyping import Float, Float32, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 HALF_RANGE = 127.5  # (127 - -128) / 2
@@ -19,44 +19,57 @@ TILE = 128  # tokens a tile: its 32-bit products are scaled while they are still
 
 
 def quantize_rows(
-    weight: Float[Tensor, "*batch n m"],
-) -> tuple[Int8[Tensor, "*batch n m"], Float32[Tensor, "*batch n"]]:
+    weight: Float[Tensor, "*batch n m"], scale_dtype: torch.dtype = torch.float32
+) -> tuple[Int8[Tensor, "*batch n m"], Float[Tensor, "*batch n"]]:
     """Each row as integers and its scale: `row ~ q * scale`.
 
-    The largest magnitude is divided by 127.5 in the dtype of `weight`, as torchao does, so a largest positive value is clamped by half a step.
+    The largest magnitude is divided by 127.5 in the dtype of `weight`, as torchao does, so a largest positive value is clamped by half a
+    step. With another `scale_dtype` than torchao's float32, rows are rounded with the scale as it is stored.
     """
     largest = weight.abs().amax(dim=-1, keepdim=True)
-    scales = (largest / HALF_RANGE).clamp(min=EPSILON).to(torch.float32)
-    integers = (weight * (1.0 / scales)).round_().clamp_(-128, 127).to(torch.int8)
+    scales = (largest / HALF_RANGE).clamp(min=EPSILON).to(scale_dtype)
+    integers = (weight * (1.0 / scales.to(torch.float32))).round_().clamp_(-128, 127).to(torch.int8)
     return integers, scales.squeeze(-1)
 
 
-def round_rows(x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
-    """x rounded to int8 row by row and back; the gradient passes straight through (arXiv 1308.3432)."""
-    with torch.no_grad():
-        integers, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-        rounding = (integers * scales[:, None]).view_as(x) - x
-    return x + rounding.to(x.dtype)
-
-
 def int8_linear(
-    x: Float[Tensor, "*batch m"],
-    q: Int8[Tensor, "n m"],
-    scales: Float[Tensor, " n"],
-    bias: Float[Tensor, " n"] | None = None,
+    x: Float[Tensor, "*batch m"], q: Int8[Tensor, "n m"], scales: Float[Tensor, " n"]
 ) -> Float[Tensor, "*batch n"]:
-    """x (q * scales)^T + bias with x rounded to int8 token by token; sums are exact 32-bit integers. No gradient.
+    """x (q * scales)^T with x rounded to int8 token by token; sums are exact 32-bit integers.
 
-    Runs on `torch._int_mm` in tiles of tokens, so that a token's result does not depend on the others.
+    The result has the wider dtype of x and scales, so that a bias is added before it is rounded to that of x. The gradient passes straight
+    through the rounding of x (arXiv 1308.3432).
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    y = torch.empty(len(tokens), len(q), dtype=x.dtype, device=x.device)
-    for start in range(0, len(tokens), TILE):
-        integers, steps = quantize_rows(tokens[start : start + TILE])
-        sums = torch._int_mm(integers, q.t())
-        scaled = (sums * steps[:, None]).to(x.dtype) * scales
-        y[start : start + TILE] = scaled if bias is None else scaled + bias
-    return y.view(*x.shape[:-1], len(q))
+    return _Int8Linear.apply(x, q, scales)  # type: ignore[return-value]
+
+
+class _Int8Linear(torch.autograd.Function):
+    """Forward in integers, tile by tile, so that a token's result does not depend on the others; backward as if x had not been rounded."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Tensor, scales: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = x.reshape(-1, x.shape[-1])
+        y = torch.empty(len(tokens), len(q), dtype=torch.promote_types(x.dtype, scales.dtype), device=x.device)
+        products: list[Tensor] = []
+        for start in range(0, len(tokens), TILE):
+            integers, steps = quantize_rows(tokens[start : start + TILE])
+            product = (torch._int_mm(integers, q.t()) * steps[:, None]).to(x.dtype)
+            torch.mul(product, scales, out=y[start : start + TILE])
+            if ctx.needs_input_grad[2]:
+                products.append(product)
+        ctx.save_for_backward(q, scales, torch.cat(products) if products else None)
+        ctx.inputs = x.dtype
+        return y.view(*x.shape[:-1], len(q))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        q, scales, products = ctx.saved_tensors
+        to_x = to_scales = None
+        if ctx.needs_input_grad[0]:
+            to_x = ((grad * scales) @ q.to(grad.dtype)).to(ctx.inputs)
+        if products is not None:
+            to_scales = (grad.reshape(products.shape) * products).sum(0).to(scales.dtype)
+        return to_x, None, to_scales
 
 
 def int8_weight_linear(

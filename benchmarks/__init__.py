@@ -1,0 +1,1 @@
+"""The commands behind every number: each runs a study and leaves its rows in docs/results/NAME.jsonl."""

@@ -1,0 +1,119 @@
+"""How much what a model says depends on the outputs of each layer, from unlabelled text.
+
+Letters: n output features of a layer; g (n) the gradient of what the model says with respect to one token's output of that layer.
+
+The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label is
+read: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in
+FWSVD, arXiv 2207.00112, but whole and without labels); for numbers that of the number; for plain encoders that of the normalised mean
+embedding along random signs.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stackcomp.core.context import Progress, quiet
+from stackcomp.data.calibration import Calibration
+
+PROBES = 2  # random draws a batch
+
+
+def gradient_moments(
+    calibration: Calibration,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    *,
+    seed: int,
+    progress: Progress = quiet,
+) -> dict[str, Tensor | None]:
+    """G (n x n) for the outputs of each module, by name, averaged over real tokens; None where nothing downstream reads the module.
+
+    modules: submodules of `model` that return one tensor. The model is left as it was; the caller's random state too.
+    """
+    sums: dict[str, Tensor | None] = dict.fromkeys(modules)
+    tokens = dict.fromkeys(modules, 0)
+    outputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    with _open(model, modules, outputs):
+        for batch in progress(calibration.batches(device), label="sensitivity", total=len(calibration)):
+            outputs.clear()
+            said = model(**batch)
+            reached = {name: out for name, out in outputs.items() if out.requires_grad}
+            for probe in range(PROBES):
+                gradients = torch.autograd.grad(
+                    _probe(said, batch, generator),
+                    list(reached.values()),
+                    retain_graph=probe < PROBES - 1,
+                    allow_unused=True,
+                )
+                for name, gradient in zip(reached, gradients, strict=True):
+                    if gradient is None:
+                        continue
+                    real = _real(gradient, batch["attention_mask"].bool()).float()
+                    moment, tokens[name] = real.T @ real, tokens[name] + len(real)
+                    sums[name] = moment if sums[name] is None else sums[name] + moment
+    return {name: None if total is None else total / tokens[name] for name, total in sums.items()}
+
+
+def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """A random scalar of what the model says, whose gradients have the moment wanted."""
+    if "logits" not in said:
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        mean = (said.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+        return (functional.normalize(mean, dim=-1) * _signs(mean, generator)).sum()
+    logits = said.logits.float()
+    if logits.shape[-1] == 1:
+        return (logits * _signs(logits, generator)).sum()
+    if logits.ndim == 3:
+        logits = logits[batch["attention_mask"].bool()]
+    chance = logits.detach().softmax(-1).cpu()
+    drawn = torch.multinomial(chance, 1, generator=generator).to(logits.device)
+    return logits.log_softmax(-1).gather(1, drawn).sum()
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1.0).to(like.device)
+
+
+def _real(gradient: Tensor, mask: Tensor) -> Tensor:
+    """The gradients of real tokens, or of texts where a head gives one vector a text."""
+    if gradient.ndim == 3:
+        return gradient[mask]
+    return gradient[mask.flatten()] if len(gradient) == mask.numel() else gradient
+
+
+@contextmanager
+def _open(model: nn.Module, modules: Mapping[str, nn.Module], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Run in eval mode with a graph from the embeddings on, keeping the outputs of `modules`; nothing accumulates in parameters."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    for parameter in flags:
+        parameter.requires_grad_(False)
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    with ExitStack() as hooks, torch.enable_grad():
+        hooks.callback(embeddings.register_forward_hook(begin).remove)
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(keep(name)).remove)
+        try:
+            yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            for module, training in modes.items():
+                module.training = training

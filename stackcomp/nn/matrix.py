@@ -1,0 +1,307 @@
+"""`StoredMatrix`: one matrix as it is saved: values, and where its form has them a support and scales.
+
+Letters: the matrix M has `rows` rows and `cols` columns; t is tokens. A factor of a blocked weight is a stack of `blocks` matrices below
+each other, M_1 ... M_blocks, of rows / blocks rows each.
+
+What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers), `support` (packed bytes; only
+where some entries are not stored) and `scales` (a parameter, so that they stay trainable; only with integers).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
+from stackcomp.ops import quantize, supports
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+CODINGS: dict[torch.dtype, Coding] = {dtype: name for name, dtype in DTYPES.items()}  # type: ignore[misc]
+
+GATHER_TOKENS = 256  # up to here, and up to this share of entries, gathering rows was measured faster than
+GATHER_DENSITY = 0.25  # decoding and a dense product (2 to 5 times at 16 tokens, 1.5 to 3 times at 256)
+
+
+class StoredMatrix(nn.Module):
+    """The matrix that a `MatrixSpec` describes, with its products. Values are uninitialised: `store` fills them."""
+
+    values: Tensor
+    support: Tensor | None
+    scales: Tensor | None
+
+    def __init__(self, spec: MatrixSpec, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self._form = spec
+        self._cached: _Support | None = None
+        integers = spec.coding == "int8"
+        values = torch.empty(spec.values_shape, dtype=DTYPES[spec.coding], device=device)
+        scales = torch.empty(spec.scale_count, dtype=DTYPES[spec.scale_coding], device=device) if integers else None
+        self.register_buffer("values", values) if integers else self.register_parameter("values", nn.Parameter(values))
+        support = torch.empty(spec.index_bytes, dtype=torch.uint8, device=device) if spec.index_bytes else None
+        self.register_buffer("support", support)
+        self.register_parameter("scales", None if scales is None else nn.Parameter(scales))
+
+    @property
+    def spec(self) -> MatrixSpec:
+        """How the matrix is stored now; codings follow the tensors, which `model.to(dtype)` may have changed."""
+        coding = CODINGS[self.values.dtype]
+        scale_coding = self._form.scale_coding if self.scales is None else CODINGS[self.scales.dtype]
+        return replace(self._form, coding=coding, scale_coding=scale_coding)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, cols), as of the tensor it stands for."""
+        return torch.Size((self._form.rows, self._form.cols))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype of the matrix: that of the values, or of their scales."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.values.device
+
+    def dense(self) -> Float[Tensor, "rows cols"]:
+        """The whole matrix; the gradient reaches values and scales."""
+        matrix = self._spread()
+        if self.scales is None:
+            return matrix
+        return matrix.to(self.scales.dtype) * self.scales.unsqueeze(1 - self._form.scale_axis)
+
+    def mask(self) -> Bool[Tensor, "rows cols"]:
+        """Which entries are stored."""
+        if self.support is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        mask = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.device)
+        return mask.index_fill_(0, self._support.flat, True).view(self.shape)
+
+    def project(self, x: Float[Tensor, "*t in"], blocks: int = 1) -> Float[Tensor, "*t out"]:
+        """x_k M_k^T for the parts x_k of x, side by side: with one block, x M^T."""
+        if blocks > 1:
+            return self._blockwise(x, blocks, transpose=True)
+        if self._rounds(0):
+            return quantize.int8_linear(x, self._spread(), self.scales)
+        if self._gathers(x):
+            return self._gather(x, transpose=True)
+        if self.scales is not None and self._form.scale_axis == 0:
+            return quantize.int8_weight_linear(x, self._spread(), self.scales)
+        return F.linear(x, self.dense().to(x.dtype))
+
+    def combine(self, x: Float[Tensor, "*t in"], blocks: int = 1) -> Float[Tensor, "*t out"]:
+        """x_k M_k for the parts x_k of x, side by side: with one block, x M."""
+        if blocks > 1:
+            return self._blockwise(x, blocks, transpose=False)
+        if self._rounds(1):
+            return quantize.int8_linear(x, self._spread().t(), self.scales)
+        if self._gathers(x):
+            return self._gather(x, transpose=False)
+        if self.scales is not None and self._form.scale_axis == 1:
+            return quantize.int8_weight_linear(x, self._spread().t(), self.scales)
+        return x @ self.dense().to(x.dtype)
+
+    def take(self, ids: Int64[Tensor, "*t"], padding: int | None = None) -> Float[Tensor, "*t cols"]:
+        """Rows of M; the row `padding` passes no gradient."""
+        form = self._form
+        if isinstance(form.layout, Dense) and self.scales is None:
+            return F.embedding(ids, self.values, padding)
+        taken = self.values[ids] if isinstance(form.layout, Dense) else self._support.take(self.values, ids, form.cols)
+        if self.scales is not None:
+            scales = self.scales[ids].unsqueeze(-1) if form.scale_axis == 0 else self.scales
+            taken = taken.to(scales.dtype) * scales
+        return taken if padding is None else torch.where((ids == padding).unsqueeze(-1), taken.detach(), taken)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        match spec.layout:
+            case Dense():
+                form = "dense"
+            case Fixed(block=block, nonzeros=nonzeros):
+                form = f"{nonzeros} of {block}"
+            case _:
+                form = f"{spec.layout.nonzeros} free"
+        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{', dynamic' if spec.dynamic else ''}"
+
+    def _rounds(self, axis: Literal[0, 1]) -> bool:
+        """Whether a product rounds its inputs: that needs the scales on its output side. (Rows taken by id have no inputs to round.)"""
+        return self._form.dynamic and self._form.scale_axis == axis
+
+    def _blockwise(self, x: Tensor, blocks: int, *, transpose: bool) -> Tensor:
+        """Products with each of the matrices below each other; inputs are rounded block by block."""
+        if not self._rounds(0 if transpose else 1):
+            stack = self.dense().to(x.dtype).unflatten(0, (blocks, -1))
+            parts = x.unflatten(-1, (blocks, -1)).flatten(0, -3).transpose(0, 1)
+            product = torch.bmm(parts, stack.transpose(1, 2) if transpose else stack)
+            return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        stack = self._spread().unflatten(0, (blocks, -1))
+        parts = x.unflatten(-1, (blocks, -1)).unbind(-2)
+        if transpose:
+            scales = self.scales.unflatten(0, (blocks, -1))
+            products = [quantize.int8_linear(parts[k], stack[k], scales[k]) for k in range(blocks)]
+        else:
+            products = [quantize.int8_linear(parts[k], stack[k].t(), self.scales) for k in range(blocks)]
+        return torch.cat(products, dim=-1)
+
+    def _spread(self) -> Tensor:
+        """The stored values in their places, zeros elsewhere, scales not applied."""
+        if self.support is None:
+            return self.values.view(self.shape)
+        matrix = torch.zeros(self.shape.numel(), dtype=self.values.dtype, device=self.device)
+        return matrix.scatter(0, self._support.flat, self.values.flatten()).view(self.shape)
+
+    def _gathers(self, x: Tensor) -> bool:
+        """Whether a product gathers the stored entries instead of decoding the matrix: a function of shapes, dtypes and of whether a
+        gradient is wanted, so that a new process does the same."""
+        if self.support is None or x.device.type != "cpu" or x.dtype != torch.float32 or self.dtype != torch.float32:
+            return False
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        few = self.values.numel() <= GATHER_DENSITY * self.shape.numel() and x.numel() <= GATHER_TOKENS * x.shape[-1]
+        return few and not wants_gradient
+
+    def _gather(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """x M^T (transpose) or x M: every output sums the rows of x^T, tokens side by side, that its stored entries name."""
+        support = self._support
+        values = self.values.flatten()
+        if self.scales is not None:
+            values = values * self.scales[support.rows if self._form.scale_axis == 0 else support.cols]
+        places, offsets, order = support.by_row if transpose else support.by_column
+        tokens = x.reshape(-1, x.shape[-1]).t().contiguous()
+        weights = values if order is None else values[order]
+        sums = F.embedding_bag(places, tokens, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        return sums.t().reshape(*x.shape[:-1], -1)
+
+    @property
+    def _support(self) -> "_Support":
+        """The decoded support; decoded anew whenever another tensor, or another content, took its place."""
+        packed = self.support
+        assert packed is not None
+        version = None if packed.is_inference() else packed._version
+        cached = self._cached
+        if cached is None or cached.packed is not packed or cached.version is None or cached.version != version:
+            cached = self._cached = _Support(packed, version, self._form)
+        return cached
+
+
+@dataclass
+class _Support:
+    """Where the stored values stand. `packed` and `version` tell what it was decoded from."""
+
+    packed: Tensor
+    version: int | None
+    form: MatrixSpec
+
+    @cached_property
+    def flat(self) -> Int64[Tensor, " nonzeros"]:
+        """Position of every value in the row-major matrix."""
+        return decode(self.packed, self.form.layout, self.form.rows, self.form.cols)
+
+    @cached_property
+    def rows(self) -> Int64[Tensor, " nonzeros"]:
+        """Row of every value."""
+        return self.flat // self.form.cols
+
+    @cached_property
+    def cols(self) -> Int64[Tensor, " nonzeros"]:
+        """Column of every value."""
+        return self.flat % self.form.cols
+
+    @cached_property
+    def by_row(self) -> tuple[Tensor, Tensor, None]:
+        """Columns of the values row after row, and where each row starts."""
+        return self.cols.int(), _starts(self.rows, self.form.rows), None
+
+    @cached_property
+    def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the values column after column, where each column starts, and the order that sorts the values so."""
+        order = self.cols.argsort(stable=True)
+        return self.rows[order].int(), _starts(self.cols[order], self.form.cols), order
+
+    def take(self, values: Tensor, ids: Tensor, cols: int) -> Tensor:
+        """The rows `ids` of the matrix with these values."""
+        columns, starts, _ = self.by_row
+        wanted = ids.flatten()
+        first = starts[wanted].long()
+        lengths = starts[wanted + 1].long() - first
+        row = torch.repeat_interleave(torch.arange(len(wanted), device=ids.device), lengths)
+        before = lengths.cumsum(0) - lengths
+        entry = torch.arange(len(row), device=ids.device) + (first - before)[row]
+        taken = torch.zeros(len(wanted) * cols, dtype=values.dtype, device=ids.device)
+        taken = taken.scatter(0, row * cols + columns[entry].long(), values.flatten()[entry])
+        return taken.view(*ids.shape, cols)
+
+
+def _starts(sorted_places: Tensor, count: int) -> Tensor:
+    edges = torch.arange(count + 1, device=sorted_places.device)
+    return torch.searchsorted(sorted_places.contiguous(), edges).int()
+
+
+def decode(packed: Tensor, layout: Layout, rows: int, cols: int) -> Int64[Tensor, " nonzeros"]:
+    """Row-major positions of the entries that a packed support holds, ascending."""
+    if isinstance(layout, Fixed):
+        blocks = cols // layout.block
+        picked = supports.unpack_fixed(packed, layout, rows, blocks).view(rows * blocks, -1)
+        return (picked + layout.block * torch.arange(rows * blocks, device=packed.device)[:, None]).flatten()
+    assert not isinstance(layout, Dense)
+    mask = supports.unpack_free(packed, layout.nonzeros, rows, cols)
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def store(matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor, "rows cols"] | None = None) -> StoredMatrix:
+    """`matrix` in floating point with this layout, the entries of `mask` kept; it trains where `matrix` does."""
+    rows, cols = matrix.shape
+    stored = StoredMatrix(
+        MatrixSpec(rows=rows, cols=cols, layout=layout, coding=CODINGS[matrix.dtype]), device=matrix.device
+    )
+    kept = matrix.detach() if mask is None else matrix.detach()[mask]
+    with torch.no_grad():
+        stored.values.copy_(kept.reshape(stored.values.shape))
+        if stored.support is not None and mask is not None:
+            stored.support.copy_(encode(layout, mask))
+    stored.values.requires_grad_(matrix.requires_grad)
+    return stored
+
+
+def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
+    """The packed support of `mask`. Raises ValueError when a block of a `Fixed` layout does not keep its number of entries."""
+    if not isinstance(layout, Fixed):
+        return supports.pack_free(mask)
+    grouped = mask.unflatten(1, (-1, layout.block))
+    if (grouped.sum(-1) != layout.nonzeros).any():
+        raise ValueError(f"every block of {layout.block} columns must keep {layout.nonzeros} entries")
+    columns = grouped.nonzero()[:, 2]
+    return supports.pack_fixed(columns.view(*grouped.shape[:2], layout.nonzeros), layout.block)
+
+
+def to_int8(matrix: StoredMatrix, *, axis: int, dynamic: bool, scale_dtype: torch.dtype = torch.float32) -> StoredMatrix:
+    """The same matrix with values rounded to int8, one scale a row (axis 0) or a column (axis 1) of its stored entries."""
+    whole = matrix.dense().detach()
+    integers, scales = quantize.quantize_rows(whole if axis == 0 else whole.t(), scale_dtype)
+    integers = integers if axis == 0 else integers.t()
+    spec = replace(
+        matrix.spec,
+        coding="int8",
+        scale_axis=0 if axis == 0 else 1,
+        scale_coding=CODINGS[scale_dtype],
+        dynamic=dynamic,
+    )
+    rounded = StoredMatrix(spec, device=matrix.device)
+    with torch.no_grad():
+        kept = integers if matrix.support is None else integers[matrix.mask()]
+        rounded.values.copy_(kept.reshape(rounded.values.shape))
+        assert rounded.scales is not None
+        rounded.scales.copy_(scales)
+        if matrix.support is not None:
+            assert rounded.support is not None
+            rounded.support.copy_(matrix.support)
+    rounded.scales.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))
+    return rounded

@@ -1,0 +1,124 @@
+"""Changing how the weights of a model are stored, in place.
+
+Every function takes the id of a logical weight and changes all modules that use it; dtype, device, biases, padding and what trains are kept.
+Afterwards `model.save_pretrained` writes the new form and `from_pretrained` reads it.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from stackcomp.core.spec import Dense, Fixed, Free, WeightSpec
+from stackcomp.nn.layers import CompressedLayer
+from stackcomp.nn.matrix import StoredMatrix, store, to_int8
+from stackcomp.nn.quantizer import attach
+from stackcomp.nn.tree import WeightHandle, put, weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mask = Callable[[Tensor], Tensor]
+
+
+def factorize(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    basis: Float[Tensor, "atoms g"],
+    values: Float[Tensor, "..."],
+    support: Int64[Tensor, "n blocks s"] | None = None,
+    transposed: bool = False,
+) -> None:
+    """Store W = S D (`transposed`: W^T = S D) with the basis D (blocks*b x g) and coefficients S.
+
+    With a `support`, S has `values` (n, blocks, s) at the ascending columns `support` of each block of b; without one S is dense, and
+    `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not make W.
+    """
+    handle = weights(model)[id_]
+    rows, cols = handle.spec.rows, handle.spec.cols
+    n, m = (cols, rows) if transposed else (rows, cols)
+    atoms, width = basis.shape
+    blocks = m // width
+    if m % width or atoms % blocks or (support is None and values.shape != (n, atoms)):
+        raise ValueError(f"{id_}: basis {tuple(basis.shape)} and values {tuple(values.shape)} do not make {n} x {m}")
+    like = handle.dense()
+    if support is None:
+        coefficients = store(values.to(like), Dense())
+    else:
+        if support.shape != values.shape or support.shape[:2] != (n, blocks):
+            raise ValueError(f"{id_}: support {tuple(support.shape)} and values {tuple(values.shape)} do not make {n} x {blocks} x s")
+        b = atoms // blocks
+        layout = Fixed(block=b, nonzeros=support.shape[2])
+        spread = torch.zeros(n, blocks, b, dtype=like.dtype, device=like.device)
+        mask = torch.zeros(n, blocks, b, dtype=torch.bool, device=like.device)
+        spread.scatter_(-1, support.to(like.device), values.detach().to(like))
+        mask.scatter_(-1, support.to(like.device), True)
+        coefficients = store(spread.flatten(1), layout, mask.flatten(1))
+    matrices = {"basis": store(basis.to(like), Dense()), "coefficients": coefficients}
+    for matrix in matrices.values():
+        matrix.requires_grad_(handle.requires_grad)
+    _put(model, handle, matrices, transposed=transposed)
+
+
+def sparsify(model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[int, int] | None = None) -> None:
+    """Keep of every dense matrix of a weight the entries that `mask(matrix)`, a boolean of its shape, names; the rest is zero from now on.
+
+    groups: (n, m) stores them as n of every m columns of a row, which the mask must then keep; else any entries, beside a bitmap.
+    """
+    handle = weights(model)[id_]
+    matrices = dict(_matrices(handle))
+    for part, matrix in matrices.items():
+        if isinstance(matrix.spec.layout, Dense) and matrix.spec.coding != "int8":
+            values = matrix.dense().detach()
+            kept: Bool[Tensor, "rows cols"] = mask(values)
+            layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
+            matrices[part] = store(values, layout, kept)
+            matrices[part].requires_grad_(matrix.values.requires_grad)
+    _put(model, handle, matrices, transposed=handle.spec.transposed)
+
+
+def quantize(model: "PreTrainedModel", id_: str, *, dynamic: bool) -> None:
+    """Round every floating-point matrix of a weight to int8, with scales in the dtype that the weight had.
+
+    A matrix has one scale a row, or a column where its product sums over the rows (both factors of a transposed weight). dynamic: the inputs
+    of its products are rounded too, token by token.
+    """
+    handle = weights(model)[id_]
+    axis = 1 if handle.spec.factored and handle.spec.transposed else 0
+    matrices = {
+        part: matrix if matrix.spec.coding == "int8" else to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
+        for part, matrix in _matrices(handle).items()
+    }
+    _put(model, handle, matrices, transposed=handle.spec.transposed)
+
+
+def _matrices(handle: WeightHandle) -> dict[str, StoredMatrix]:
+    """The matrices of a weight; a plain one is taken as a whole dense matrix."""
+    module = handle.modules[0]
+    if isinstance(module, CompressedLayer):
+        return module.matrices
+    whole = store(handle.dense(), Dense())
+    return {"weight": whole.requires_grad_(handle.requires_grad)}
+
+
+def _put(
+    model: "PreTrainedModel", handle: WeightHandle, matrices: dict[str, StoredMatrix], *, transposed: bool
+) -> None:
+    spec = handle.spec
+    put(
+        model,
+        WeightSpec(
+            id=spec.id,
+            kind=spec.kind,
+            rows=spec.rows,
+            cols=spec.cols,
+            paths=spec.paths,
+            matrices={part: matrix.spec for part, matrix in matrices.items()},
+            transposed=transposed,
+        ),
+        matrices,
+    )
+    attach(model)

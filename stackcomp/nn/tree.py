@@ -1,0 +1,188 @@
+"""Where the weights of a model are: logical weights by id, and putting compressed layers in their places.
+
+Paths are relative to the base model (`encoder.layer.0.output.dense`, without `bert.`; `classifier`). A weight that several modules
+use (tied embeddings, one layer under two names) is one weight with several paths; its id is the first.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from stackcomp.core.errors import BadWeights, CheckpointError, UnsupportedModel
+from stackcomp.core.spec import MatrixSpec, WeightSpec
+from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, build
+from stackcomp.nn.matrix import CODINGS, StoredMatrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAIN = (nn.Linear, Conv1D, nn.Embedding)  # by exact type: a subclass may compute something else
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightHandle:
+    """One logical weight of a model, and the modules that use it: `modules[i]` is at `spec.paths[i]`."""
+
+    spec: WeightSpec
+    modules: tuple[nn.Module, ...]
+
+    def dense(self) -> Tensor:
+        """W (output x input features, or vocabulary x width), detached. Not to be written to: it may be the weight itself."""
+        module = self.modules[0]
+        if isinstance(module, CompressedLayer):
+            return module.dense().detach()
+        assert isinstance(module.weight, Tensor)
+        return module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of its values takes part in training."""
+        module = self.modules[0]
+        if isinstance(module, CompressedLayer):
+            return any(parameter.requires_grad for matrix in module.matrices.values() for parameter in matrix.parameters())
+        assert isinstance(module.weight, Tensor)
+        return module.weight.requires_grad
+
+
+def relative(model: "PreTrainedModel", name: str) -> str:
+    """`name` of a module or tensor without the base model's prefix."""
+    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
+
+
+def absolute(model: "PreTrainedModel", path: str) -> str | None:
+    """The name that the module or tensor at `path` has in `model`; None when there is none."""
+    names = [path, f"{model.base_model_prefix}.{path}"]
+    return next((name for name in names if relative(model, name) == path and _exists(model, name)), None)
+
+
+def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
+    """All logical weights by id, in the model's order: every `nn.Linear`, `Conv1D`, `nn.Embedding` and compressed layer.
+
+    Raises UnsupportedModel when another library keeps them quantized, or in a dtype that is not floating point.
+    """
+    groups: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, CompressedLayer):
+            groups.setdefault(id(next(iter(module.matrices.values()))), {})[relative(model, name)] = module
+        elif type(module) in PLAIN:
+            groups.setdefault(id(module.weight), {})[relative(model, name)] = module
+    handles = {}
+    for members in groups.values():
+        first = next(iter(members))
+        handles[first] = WeightHandle(spec=_spec(first, members), modules=tuple(members.values()))
+    return handles
+
+
+def check_finite(model: "PreTrainedModel") -> None:
+    """Raises BadWeights, with the path of the layer, where a tensor of the model holds NaN or infinite values."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            layer, _, part = relative(model, name).rpartition(".")
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise BadWeights(
+                f"{layer}: {bad} of the {tensor.numel()} values of its {part} are NaN or infinite; train it again or load a sound checkpoint"
+            )
+
+
+def weights_digest(model: "PreTrainedModel") -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of all tensors of the model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, StoredMatrix]) -> None:
+    """Replace the modules at `spec.paths` by compressed layers over `matrices`; paths that the model lacks are passed over."""
+    names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
+    layers: dict[int, CompressedLayer] = {}  # by the module replaced: one module under two names stays one
+    for name in names:
+        replaced = model.get_submodule(name)
+        if id(replaced) not in layers:
+            layers[id(replaced)] = build(spec, replaced, matrices, owner=not layers)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layers[id(replaced)])
+    _untie(model)
+
+
+def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
+    """Put uninitialised compressed layers where `specs` say, in a model built from its config alone (on any device, meta included).
+
+    Raises CheckpointError when the model has another layer there. Weights all of whose paths the model lacks are passed over: it is then
+    the base model, and the weight was in the head.
+    """
+    for spec in specs:
+        for path in spec.paths:
+            name = absolute(model, path)
+            found = None if name is None else model.get_submodule(name)
+            if found is None:
+                continue
+            shape = None
+            if type(found) in PLAIN:
+                shape = tuple(found.weight.shape[::-1] if isinstance(found, Conv1D) else found.weight.shape)
+            if shape != (spec.rows, spec.cols):
+                raise CheckpointError(
+                    f"{path}: {type(found).__name__} of shape {shape} in the model, a weight of {spec.rows} x {spec.cols} in its "
+                    "config.json: load it with the class and settings it was saved with"
+                )
+        put(model, spec, {part: StoredMatrix(matrix) for part, matrix in spec.matrices.items()})
+
+
+def _untie(model: "PreTrainedModel") -> None:
+    """Take compressed weights off the lists by which `transformers` ties parameters: they share their matrices themselves."""
+    from transformers import PreTrainedModel  # at import it would close a circle: this runs while transformers is imported
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            gone = _compressed(module)
+            tied = module._tied_weights_keys
+            if tied:
+                module._tied_weights_keys = {
+                    target: source for target, source in tied.items() if not {target, source} & gone
+                }
+            module.all_tied_weights_keys = {
+                target: source
+                for target, source in module.all_tied_weights_keys.items()
+                if not {target, source} & gone
+            }
+
+
+def _compressed(model: nn.Module) -> set[str]:
+    """Names that the weights of the compressed layers of `model` had as parameters."""
+    return {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, CompressedLayer)}
+
+
+def _exists(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
+    module = members[id_]
+    if isinstance(module, CompressedLayer):
+        rows, cols, matrices, transposed = module.rows, module.cols, module.specs, module.transposed
+    else:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if weight.dtype not in CODINGS or not weight.is_floating_point():
+            raise UnsupportedModel(f"{id_}: dtype {weight.dtype} cannot be compressed; give a model in float32, bfloat16 or float16")
+        rows, cols = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+        matrices, transposed = {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])}, False
+    return WeightSpec(
+        id=id_,
+        kind="embedding" if isinstance(module, nn.Embedding | CompressedEmbedding) else "linear",
+        rows=rows,
+        cols=cols,
+        paths=tuple(members),
+        matrices=matrices,
+        transposed=transposed,
+    )

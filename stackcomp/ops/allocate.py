@@ -1,0 +1,114 @@
+"""One global budget of bytes shared out over layers: each takes one of its candidates so that the total error is least.
+
+    min sum_l error(l, c_l)   subject to   sum_l bytes(l, c_l) <= budget
+
+a multiple-choice knapsack, solved by `scipy.optimize.milp`.
+
+Letters: a factorized matrix has n rows and m columns; k blocks, b atoms and s non-zeros a row and block; r a rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stackcomp.core.errors import UnreachableRatio
+from stackcomp.core.spec import Fixed
+
+RELATIVE_GAP = 1e-5  # how far from the optimum the solver may stop: below the noise of the errors themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to store a layer: its bytes, its error, and whatever the caller needs to build it."""
+
+    size_bytes: int
+    error: float
+    choice: Any
+
+
+def allocate(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -> dict[str, Candidate]:
+    """The candidate of each layer that gives the least total error within the budget.
+
+    UnreachableRatio: even the smallest candidates together are larger than the budget; says how small they get.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    smallest = sum(min(option.size_bytes for option in options) for options in candidates.values())
+    if smallest > budget_bytes:
+        raise UnreachableRatio(
+            f"the smallest these {len(candidates)} layers can get is {smallest} bytes, and the budget is {budget_bytes}: "
+            f"ask for a ratio lower by a factor of {smallest / max(budget_bytes, 1):.3g} or more, or select more layers"
+        )
+    flat = [(layer, option) for layer, options in candidates.items() for option in options]
+    layers = {layer: row for row, layer in enumerate(candidates)}
+    sizes = np.array([option.size_bytes for _, option in flat], dtype=np.float64) / max(budget_bytes, 1)
+    errors = np.array([option.error for _, option in flat], dtype=np.float64)
+    belongs = csr_array((np.ones(len(flat)), ([layers[layer] for layer, _ in flat], np.arange(len(flat)))))
+    solution = milp(
+        errors / max(float(errors.max()), np.finfo(np.float64).tiny),
+        constraints=[LinearConstraint(belongs, 1, 1), LinearConstraint(sizes[None], ub=1)],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": RELATIVE_GAP},
+    )
+    if solution.x is None:
+        raise RuntimeError(f"scipy.optimize.milp found no allocation: {solution.message}")
+    taken = np.flatnonzero(solution.x > 0.5)
+    return {flat[index][0]: flat[index][1] for index in taken}
+
+
+def low_rank_bytes(rows: int, columns: int, rank: int, *, value_bytes: int = 4) -> int:
+    """Bytes of two dense factors."""
+    return value_bytes * rank * (rows + columns)
+
+
+def dense_sparse_bytes(
+    rows: int, columns: int, *, atoms: int, nonzeros: int, blocks: int = 1, value_bytes: int = 4
+) -> int:
+    """Bytes of the basis, the values and the packed support of a dense-sparse factorization."""
+    support = Fixed(block=atoms, nonzeros=nonzeros).support_bytes(rows, blocks * atoms)
+    return value_bytes * (atoms * columns + rows * blocks * nonzeros) + support
+
+
+def most_nonzeros(
+    rows: int, columns: int, *, atoms: int, size_bytes: float, blocks: int = 1, value_bytes: int = 4
+) -> int:
+    """The largest s whose factorization fits in `size_bytes`, 0 where not even s = 1 does."""
+    low, high = 0, atoms // 2  # the support is dearest at b/2: below it size rises with s, so halving finds the largest
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = size_bytes >= dense_sparse_bytes(
+            rows, columns, atoms=atoms, nonzeros=middle, blocks=blocks, value_bytes=value_bytes
+        )
+        low, high = (middle, high) if fits else (low, middle - 1)
+    larger = (
+        nonzeros
+        for nonzeros in range(atoms, max(low, atoms // 2), -1)
+        if size_bytes
+        >= dense_sparse_bytes(
+            rows, columns, atoms=atoms, nonzeros=nonzeros, blocks=blocks, value_bytes=value_bytes
+        )
+    )
+    return next(larger, low)
+
+
+def shapes_of_size(
+    rows: int,
+    columns: int,
+    *,
+    size_bytes: float,
+    shares: Sequence[float],
+    blocks: int = 1,
+    value_bytes: int = 4,
+) -> Iterator[tuple[int, int]]:
+    """(atoms, nonzeros) pairs of about `size_bytes`, one for each share of the columns of a block taken as atoms."""
+    for share in shares:
+        atoms = min(rows, max(1, round(share * columns / blocks)))
+        nonzeros = most_nonzeros(
+            rows, columns, atoms=atoms, size_bytes=size_bytes, blocks=blocks, value_bytes=value_bytes
+        )
+        if nonzeros > 0:
+            yield atoms, nonzeros

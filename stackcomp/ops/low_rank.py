@@ -1,0 +1,53 @@
+"""Low-rank factors of a weight, optimal in a metric of its inputs and outputs.
+
+Letters: a weight has n rows (outputs) and m columns (inputs); r is the rank.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stackcomp.core.errors import SettingError
+from stackcomp.ops.whiten import Whitener
+
+
+def whitened(
+    weight: Float[Tensor, "n m"],
+    *,
+    inputs: Whitener | None = None,
+    outputs: Whitener | None = None,
+) -> Float[Tensor, "n m"]:
+    """The matrix whose plain Frobenius errors are the metric's: G^(1/2)^T W C^(1/2).
+
+    The sum of its squared singular values from the r-th on is the error of the best weight of rank r.
+    """
+    if inputs is not None:
+        weight = inputs.whiten_columns(weight)
+    if outputs is not None:
+        weight = outputs.whiten_columns(weight.T).T
+    return weight
+
+
+def low_rank(
+    weight: Float[Tensor, "n m"],
+    *,
+    rank: int,
+    inputs: Whitener | None = None,
+    outputs: Whitener | None = None,
+) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r m"]]:
+    """The weight of rank r that minimises tr(G (W - left right) C (W - left right)^T): a truncated singular value decomposition.
+
+    `inputs` alone is the data-aware low rank of DRONE and SVD-LLM (arXiv 2403.07378); a diagonal `outputs` adds the row weights of
+    FWSVD (arXiv 2207.00112); here `outputs` may be any moment. The singular values are shared evenly between the two factors.
+    SettingError: the rank is not within 1 .. min(n, m).
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise SettingError(f"rank={rank} is not within 1 .. {min(weight.shape)} for a weight of shape {tuple(weight.shape)}")
+    u, sigma, v = torch.linalg.svd(whitened(weight, inputs=inputs, outputs=outputs), full_matrices=False)
+    scale = sigma[:rank].sqrt()
+    left, right = u[:, :rank] * scale, scale[:, None] * v[:rank]
+    if outputs is not None:
+        left = outputs.unwhiten_columns(left.T).T
+    if inputs is not None:
+        right = inputs.unwhiten_columns(right)
+    return left, right
