@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """The options that every study has."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    made.add_argument("--out", type=Path, default=Path("out/bench") / name, help="working folder (default %(default)s)")
+    made.add_argument(
+        "--out", type=Path, default=Path("out/bench") / name, help="working folder (default %(default)s)"
+    )
     made.add_argument("--results", type=Path, default=FOLDER, help="folder of the rows (default %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of every random choice (default %(default)s)")
     made.add_argument("--again", action="store_true", help="run what has a row already, too")

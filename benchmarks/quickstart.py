@@ -24,8 +24,7 @@ Role = Literal["declared", "other order", "alone"]
 
 
 def pipelines(passes: Sequence[Pass], source: Path) -> list[tuple[Role, sc.Pipeline]]:
-    """The declared pipeline, its other legal orders, each pass alone; sorted so that shared beginnings follow each
-    other."""
+    """The declared pipeline, its other legal orders, each pass alone; those that begin alike follow each other."""
     plan = headers.plan_of(source)
     orders = [order for order in itertools.permutations(passes) if contract.legal(order, plan)]
     declared = tuple(passes)
@@ -33,7 +32,7 @@ def pipelines(passes: Sequence[Pass], source: Path) -> list[tuple[Role, sc.Pipel
     found += [("other order", order) for order in orders if order != declared]
     found += [("alone", (item,)) for item in declared]
     places = {item: index for index, item in enumerate(declared)}
-    found.sort(key=lambda entry: ([places[item] for item in entry[1]], -len(entry[1])))
+    found.sort(key=lambda entry: [places[item] for item in entry[1]])
     return [(role, sc.Pipeline(*order)) for role, order in found]
 
 
@@ -57,7 +56,9 @@ def run(
             continue
         command.say(f"running ({role}) {key}")
         ledger = manager.run(source, pipeline, resume=True).ledger
-        rows.add({"key": key, "role": role, "task": task.name, **stamp(pipeline, seed), "ledger": ledger.to_json()})
+        rows.add(
+            {"key": key, "role": role, "task": task.name, **stamp(pipeline, seed), "ledger": ledger.to_json()}
+        )
         command.say(f"{ledger}\n")
 
 

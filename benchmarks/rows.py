@@ -43,7 +43,9 @@ class Rows:
                 row = json.loads(line)
                 row["key"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}: no row ({error!r}); remove the line") from error
+                raise ValueError(
+                    f"{self.path}, line {number}: no row ({error!r}); remove the line"
+                ) from error
             found.append(row)
         return found
 

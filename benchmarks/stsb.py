@@ -56,7 +56,9 @@ def run(
     )
     for first, pipeline in pipelines(ratios):
         keys = [f"{first!r}", f"{first!r} -> int8"]
-        if not again and all(rows.has(key, declaration=repr(pipeline), seed=seed, limit=limit) for key in keys):
+        if not again and all(
+            rows.has(key, declaration=repr(pipeline), seed=seed, limit=limit) for key in keys
+        ):
             command.say(f"there already: {first!r}")
             continue
         command.say(f"running {first!r} -> int8")
@@ -64,7 +66,10 @@ def run(
         common = {**stamp(pipeline, seed), "limit": limit, "task": task.name}
         for key, step in zip(["dense", *keys], range(3), strict=True):
             found = figures(ledger, step)
-            method = {"method": "dense" if step == 0 else first.name, "ratio": 1.0 if step == 0 else first.ratio}
+            method = {
+                "method": "dense" if step == 0 else first.name,
+                "ratio": 1.0 if step == 0 else first.ratio,
+            }
             rows.add({"key": key, **method, "int8": step == 2, **found, **common})
             command.say(f"  {key}: {found['score']:.2f} at {found['layer_compression']:.2f}x of the encoder")
 
@@ -94,7 +99,9 @@ def figures(ledger: Ledger, step: int) -> dict[str, Any]:
 def main() -> int:
     """Run the study; 1 when the model as it came misses its published score."""
     parser = command.parser("stsb", __doc__ or "")
-    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="encoder compressions asked for")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=list(RATIOS), help="encoder compressions asked for"
+    )
     parser.add_argument("--limit", type=int, help="score on so many pairs of the test set (default: all)")
     options = parser.parse_args()
     model = command.packaged_model()

@@ -221,7 +221,7 @@ class Sneak(Liar):
 def test_a_pass_that_breaks_its_contract_is_named(wrong, model, tokenizer, tmp_path):
     with pytest.raises(ContractBroken, match=f"{wrong.name} broke its contract at encoder"):
         manager(tmp_path / "out", tokenizer).run(model, wrong)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not checkpoint.is_ours(tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_resumes(model, tokenizer, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_resumes(model, tokenizer, t
     monkeypatch.undo()
     for folder in (tmp_path / "out" / "steps").iterdir():
         checkpoint.verify(folder)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not checkpoint.is_ours(tmp_path / "out")
     manager(tmp_path / "out", tokenizer).run(model, STACK, resume=True)
     manager(tmp_path / "whole", tokenizer).run(model, STACK)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -268,7 +268,7 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(tmp_path, seed,
     time.sleep(random.Random(seed).uniform(0, seconds))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if (tmp_path / "out" / "config.json").exists():
+    if checkpoint.is_ours(tmp_path / "out"):
         checkpoint.verify(tmp_path / "out")
     assert start(tmp_path / "out").wait() == 0
     assert weights(tmp_path / "out") == expected

@@ -163,6 +163,7 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
             f"{step.name} selects no weight (only={step.only!r}, skip={step.skip!r}): the model has "
             f"{len(plan.weights)} weights; widen only= or narrow skip="
         )
+    step.examine([weight for weight in plan.weights if weight.id in chosen])
     weights: list[PlannedWeight] = []
     for weight in plan.weights:
         if weight.id not in chosen:

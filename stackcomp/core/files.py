@@ -27,6 +27,20 @@ def write_atomic(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def copy_atomic(source: Path, path: Path) -> None:
+    """Copy `source` to `path` so that a reader, or a crash at any moment, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+    try:
+        shutil.copyfile(source, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Generator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed when it

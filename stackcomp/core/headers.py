@@ -4,8 +4,8 @@ imported."""
 import json
 import struct
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 

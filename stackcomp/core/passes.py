@@ -7,12 +7,13 @@ it, measures it, saves it.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
+from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.selection import Globs, nearest
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Pass(ABC):
     @abstractmethod
     def contract(self) -> Contract:
         """What this pass, with these settings, asks and promises."""
+
+    def examine(self, weights: "Sequence[PlannedWeight]") -> None:
+        """Refuse, from shapes alone, settings that do not fit the selected weights; called before any weight is read."""
+        del weights  # most settings fit every weight
 
     @abstractmethod
     def apply(self, model: "nn.Module", context: "Context") -> Findings:

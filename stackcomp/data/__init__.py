@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "batches": ["Collator", "LengthBatches", "inference_batches"],
         "calibration": ["Calibration", "CrossMoment", "SecondMoment"],
+        "sensitivity": ["gradient_moments"],
         "sources": ["Files", "Hub", "Package", "Rows", "Source"],
     },
 )

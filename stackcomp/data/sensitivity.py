@@ -19,7 +19,7 @@ from torch.nn import functional
 from stackcomp.core.context import Progress, quiet
 from stackcomp.data.calibration import Calibration
 
-PROBES = 2  # random draws a batch
+PROBES = 1  # random draws a batch: many texts say more than many draws
 
 
 def gradient_moments(

@@ -6,6 +6,7 @@ Letters: W is `rows` x `cols`, output x input features, also where the layer rep
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,10 +34,20 @@ class CompressedLayer(nn.Module):
             for name, matrix in matrices.items():
                 self.add_module(name, matrix)
 
+    def __getattr__(self, name: str) -> Any:
+        """`weight`, where it is no submodule: what code written for the plain layer asks for (its shape, dtype, device)."""
+        if name != "weight" or not self.matrices:
+            return super().__getattr__(name)
+        if not self.factored:
+            return self.matrices["weight"]
+        weight = self.dense().detach()
+        weight._is_hf_initialized = True  # transformers would fill a fresh tensor with random numbers, in vain
+        return weight
+
     @property
     def matrices(self) -> dict[str, StoredMatrix]:
         """The matrices by part."""
-        return {name: self.get_submodule(name) for name in self._modules} if self.owner else self._borrowed  # type: ignore[misc]
+        return dict(self._modules) if self.owner else self._borrowed  # type: ignore[arg-type]
 
     @property
     def specs(self) -> dict[str, MatrixSpec]:
@@ -131,7 +142,7 @@ class CompressedLinear(CompressedLayer):
     def _composes(self, x: Tensor) -> bool:
         """Whether composing W first takes fewer multiplications than going through the factors: a function of shapes alone. Rounded
         inputs always go through the factors."""
-        if any(matrix.spec.dynamic for matrix in self.matrices.values()):
+        if any(matrix.dynamic for matrix in self.matrices.values()):
             return False
         tokens = x.numel() // x.shape[-1]
         n, atoms = self.matrices["coefficients"].shape

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
 from stackcomp.ops import quantize, supports
 
@@ -37,6 +38,7 @@ class StoredMatrix(nn.Module):
     values: Tensor
     support: Tensor | None
     scales: Tensor | None
+    _is_hf_initialized = True  # transformers fills what lacks this flag with random numbers
 
     def __init__(self, spec: MatrixSpec, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -52,10 +54,19 @@ class StoredMatrix(nn.Module):
 
     @property
     def spec(self) -> MatrixSpec:
-        """How the matrix is stored now; codings follow the tensors, which `model.to(dtype)` may have changed."""
-        coding = CODINGS[self.values.dtype]
+        """How the matrix is stored now; codings follow the tensors, which `model.to(dtype)` may have changed.
+
+        Raises UnsupportedModel for a dtype that is not stored.
+        """
+        if self.values.dtype not in CODINGS or self.dtype not in CODINGS:
+            raise UnsupportedModel(f"dtype {self.dtype} is not stored: cast the model to float32, bfloat16 or float16")
         scale_coding = self._form.scale_coding if self.scales is None else CODINGS[self.scales.dtype]
-        return replace(self._form, coding=coding, scale_coding=scale_coding)
+        return replace(self._form, coding=CODINGS[self.values.dtype], scale_coding=scale_coding)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the inputs of its products are rounded."""
+        return self._form.dynamic
 
     @property
     def shape(self) -> torch.Size:
@@ -113,9 +124,9 @@ class StoredMatrix(nn.Module):
     def take(self, ids: Int64[Tensor, "*t"], padding: int | None = None) -> Float[Tensor, "*t cols"]:
         """Rows of M; the row `padding` passes no gradient."""
         form = self._form
-        if isinstance(form.layout, Dense) and self.scales is None:
-            return F.embedding(ids, self.values, padding)
-        taken = self.values[ids] if isinstance(form.layout, Dense) else self._support.take(self.values, ids, form.cols)
+        if self.support is None and self.scales is None:
+            return F.embedding(ids, self._spread(), padding)
+        taken = self._spread()[ids] if self.support is None else self._support.take(self.values, ids, form.cols)
         if self.scales is not None:
             scales = self.scales[ids].unsqueeze(-1) if form.scale_axis == 0 else self.scales
             taken = taken.to(scales.dtype) * scales
@@ -257,17 +268,19 @@ def decode(packed: Tensor, layout: Layout, rows: int, cols: int) -> Int64[Tensor
 
 
 def store(matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor, "rows cols"] | None = None) -> StoredMatrix:
-    """`matrix` in floating point with this layout, the entries of `mask` kept; it trains where `matrix` does."""
+    """A copy of `matrix`, in floating point, with this layout; of it the entries of `mask`, where it is given."""
     rows, cols = matrix.shape
     stored = StoredMatrix(
         MatrixSpec(rows=rows, cols=cols, layout=layout, coding=CODINGS[matrix.dtype]), device=matrix.device
     )
-    kept = matrix.detach() if mask is None else matrix.detach()[mask]
     with torch.no_grad():
-        stored.values.copy_(kept.reshape(stored.values.shape))
-        if stored.support is not None and mask is not None:
-            stored.support.copy_(encode(layout, mask))
-    stored.values.requires_grad_(matrix.requires_grad)
+        if mask is None:
+            stored.values.copy_(matrix.reshape(stored.values.shape))
+            return stored
+        packed = encode(layout, mask)
+        stored.values.copy_(matrix[mask].reshape(stored.values.shape))
+        if stored.support is not None:
+            stored.support.copy_(packed)
     return stored
 
 

@@ -104,6 +104,8 @@ def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, Store
     layers: dict[int, CompressedLayer] = {}  # by the module replaced: one module under two names stays one
     for name in names:
         replaced = model.get_submodule(name)
+        if any(replaced is layer for layer in layers.values()):
+            continue  # its parent is one module under two names
         if id(replaced) not in layers:
             layers[id(replaced)] = build(spec, replaced, matrices, owner=not layers)
         parent, _, attribute = name.rpartition(".")

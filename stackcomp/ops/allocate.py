@@ -77,7 +77,10 @@ def most_nonzeros(
     rows: int, columns: int, *, atoms: int, size_bytes: float, blocks: int = 1, value_bytes: int = 4
 ) -> int:
     """The largest s whose factorization fits in `size_bytes`, 0 where not even s = 1 does."""
-    low, high = 0, atoms // 2  # the support is dearest at b/2: below it size rises with s, so halving finds the largest
+    low, high = (
+        0,
+        atoms // 2,
+    )  # the support is dearest at b/2: below it size rises with s, so halving finds the largest
     while low < high:
         middle = (low + high + 1) // 2
         fits = size_bytes >= dense_sparse_bytes(

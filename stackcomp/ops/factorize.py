@@ -27,7 +27,9 @@ from stackcomp.ops.low_rank import low_rank
 from stackcomp.ops.sparse_coding import factor_supports, gather, omp, scatter, solve, swap
 from stackcomp.ops.whiten import Whitener
 
-COUPLED_ROWS = 32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
+COUPLED_ROWS = (
+    32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
+)
 FREE_ROWS = 1024  # and where it does not: as many as memory likes
 ROUNDS = 8  # of the first pursuit: s / ROUNDS atoms a round
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
@@ -218,16 +220,19 @@ class _Solver:
         support, values = self.support.clone(), self.values.clone()
         count = max(1, self._nonzeros // SWAPPED)
         for picked in order.split(FREE_ROWS if self._rows is None else COUPLED_ROWS):
-            pull = residual[picked] if self._rows is None else self._step(picked, residual)
+            pull = (
+                residual[picked]
+                if self._rows is None
+                else self._step(self._rows.moment[picked], picked, residual)
+            )
             wanted = codes[picked] @ self._gram + pull
             support[picked], values[picked] = swap(self._gram, wanted, support[picked], values[picked], count)
             codes[picked] = scatter(support[picked], values[picked], self._atoms)
             residual[picked] = self._correlations[picked] - codes[picked] @ self._gram
         self.support, self.values = support, values
 
-    def _step(self, picked: Tensor, residual: Tensor) -> Tensor:
-        """Where the picked rows want to move: the gradient over the bound of P between them."""
-        metric = self._rows.moment[picked]
+    def _step(self, metric: Tensor, picked: Tensor, residual: Tensor) -> Tensor:
+        """Where the picked rows want to move: the gradient over the bound of P between them. metric: their rows of P."""
         scale = self._importance[picked].rsqrt()
         bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
         return (metric @ residual) * (scale.square() / bound)[:, None]

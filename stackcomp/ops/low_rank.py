@@ -28,6 +28,17 @@ def whitened(
     return weight
 
 
+def rank_errors(
+    weight: Float[Tensor, "n m"],
+    *,
+    inputs: Whitener | None = None,
+    outputs: Whitener | None = None,
+) -> Float[Tensor, " ranks"]:
+    """Entry r is the least metric error of any weight of rank r, from 0 (the whole energy) to min(n, m) (none)."""
+    energies = torch.linalg.svdvals(whitened(weight, inputs=inputs, outputs=outputs)).double().square()
+    return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+
+
 def low_rank(
     weight: Float[Tensor, "n m"],
     *,
@@ -42,7 +53,9 @@ def low_rank(
     SettingError: the rank is not within 1 .. min(n, m).
     """
     if not 1 <= rank <= min(weight.shape):
-        raise SettingError(f"rank={rank} is not within 1 .. {min(weight.shape)} for a weight of shape {tuple(weight.shape)}")
+        raise SettingError(
+            f"rank={rank} is not within 1 .. {min(weight.shape)} for a weight of shape {tuple(weight.shape)}"
+        )
     u, sigma, v = torch.linalg.svd(whitened(weight, inputs=inputs, outputs=outputs), full_matrices=False)
     scale = sigma[:rank].sqrt()
     left, right = u[:, :rank] * scale, scale[:, None] * v[:rank]

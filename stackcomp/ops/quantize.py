@@ -53,7 +53,7 @@ class _Int8Linear(torch.autograd.Function):
         products: list[Tensor] = []
         for start in range(0, len(tokens), TILE):
             integers, steps = quantize_rows(tokens[start : start + TILE])
-            product = (torch._int_mm(integers, q.t()) * steps[:, None]).to(x.dtype)
+            product = (_sums(integers, q) * steps[:, None]).to(x.dtype)
             torch.mul(product, scales, out=y[start : start + TILE])
             if ctx.needs_input_grad[2]:
                 products.append(product)
@@ -70,6 +70,13 @@ class _Int8Linear(torch.autograd.Function):
         if products is not None:
             to_scales = (grad.reshape(products.shape) * products).sum(0).to(scales.dtype)
         return to_x, None, to_scales
+
+
+def _sums(integers: Tensor, q: Tensor) -> Tensor:
+    """integers q^T, summed exactly. On other devices than the CPU `_int_mm` takes only some shapes, so doubles stand in there."""
+    if integers.device.type == "cpu":
+        return torch._int_mm(integers, q.t())
+    return (integers.double() @ q.double().t()).float()
 
 
 def int8_weight_linear(

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-RIDGE = 1e-6  # of the mean squared norm of the atoms: keeps the solve defined when a row picks two equal atoms
+RIDGE = (
+    1e-6  # of the mean squared norm of the atoms: keeps the solve defined when a row picks two equal atoms
+)
 
 
 def scatter(
     support: Int64[Tensor, "n k s"], values: Float[Tensor, "n k s"], atoms: int
-) -> Float[Tensor, "n {support.shape[1]*atoms}"]:
+) -> Float[Tensor, "n a"]:
     """Sparse rows as a dense n x a matrix."""
     dense = values.new_zeros(len(support), support.shape[1], atoms)
     return dense.scatter_(2, support, values).flatten(1)
@@ -31,7 +33,9 @@ def factor_supports(gram: Float[Tensor, "a a"], support: Int64[Tensor, "n k s"])
     atoms = len(gram) // support.shape[1]
     offsets = atoms * torch.arange(support.shape[1], device=support.device)
     flat = (support + offsets[:, None]).flatten(1)
-    part = gram[flat[:, :, None], flat[:, None, :]]
+    # One flat index: twice as fast as indexing rows and columns.
+    pairs = (flat[:, :, None] * len(gram) + flat[:, None, :]).flatten()
+    part = gram.flatten().index_select(0, pairs).view(len(flat), flat.shape[1], flat.shape[1])
     part.diagonal(dim1=1, dim2=2).add_(RIDGE * gram.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(part)
     if failed.any():  # atoms so alike that float32 cannot part them
@@ -113,12 +117,35 @@ def swap(
     if count == 0:
         return support, values
     wide = torch.cat([support, _strongest(gram, correlations, support, values, count)], dim=2)
-    factor = factor_supports(gram, wide)
-    weights = solve(factor, gather(correlations, wide))
-    inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).view_as(weights)
-    kept = (weights.square() / inverse).topk(nonzeros, dim=2).indices
-    fresh = wide.gather(2, kept).sort(dim=2).values
-    solved = solve(factor_supports(gram, fresh), gather(correlations, fresh))
+    inverse = torch.cholesky_inverse(factor_supports(gram, wide))
+    weights = (inverse @ gather(correlations, wide).flatten(1)[..., None]).view(wide.shape)
+    order = (weights.square() / inverse.diagonal(dim1=1, dim2=2).view_as(weights)).argsort(
+        dim=2, descending=True
+    )
+    fresh, ascending = wide.gather(2, order[..., :nonzeros]).sort(dim=2)
+    kept = order[..., :nonzeros].gather(2, ascending)
+    solved = _without(inverse, weights, kept, order[..., nonzeros:])
     better = gain(gram, correlations, fresh, solved) > gain(gram, correlations, support, values)
     better = better[:, None, None]
     return torch.where(better, fresh, support), torch.where(better, solved, values)
+
+
+def _without(
+    inverse: Float[Tensor, "n kw kw"],
+    weights: Float[Tensor, "n k w"],
+    kept: Int64[Tensor, "n k s"],
+    dropped: Int64[Tensor, "n k c"],
+) -> Float[Tensor, "n k s"]:
+    """Least-squares values once the dropped positions are gone, from the inverse with them: x_K - B_KC B_CC^-1 x_C, B the inverse.
+
+    Cheaper than solving anew, as only the few dropped are inverted.
+    """
+    blocks, width = weights.shape[1:]
+    offsets = width * torch.arange(blocks, device=kept.device)[:, None]
+    stay, leave = (kept + offsets).flatten(1), (dropped + offsets).flatten(1)
+    columns = inverse.gather(
+        1, leave[..., None].expand(-1, -1, blocks * width)
+    )  # B is symmetric: its rows are its columns
+    corner = columns.gather(2, leave[:, None, :].expand(-1, leave.shape[1], -1))
+    removed = torch.linalg.solve_ex(corner, weights.flatten(1).gather(1, leave)).result
+    return (weights.flatten(1) - (removed[:, None, :] @ columns)[:, 0]).gather(1, stay).view_as(kept)

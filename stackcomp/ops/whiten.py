@@ -47,7 +47,9 @@ def whitener(moment: Float[Tensor, "d d"], *, damping: float) -> Whitener:
     BadWeights: the moment holds NaN or infinite values.
     """
     if not torch.isfinite(moment).all():
-        raise BadWeights("a moment of calibration activations holds NaN or infinite values: check the model and the text")
+        raise BadWeights(
+            "a moment of calibration activations holds NaN or infinite values: check the model and the text"
+        )
     moment = (moment + moment.T) / 2
     size = len(moment)
     identity = torch.eye(size, dtype=moment.dtype, device=moment.device)
@@ -61,7 +63,9 @@ def whitener(moment: Float[Tensor, "d d"], *, damping: float) -> Whitener:
         if not failed:
             return Whitener(moment=damped, root=root, damping=damping, effective_rank=effective_rank)
         damping = max(damping * GROWTH, torch.finfo(moment.dtype).eps)
-    raise BadWeights(f"a moment of size {size} is no second moment: it stays indefinite with damping {damping / GROWTH:g}")
+    raise BadWeights(
+        f"a moment of size {size} is no second moment: it stays indefinite with damping {damping / GROWTH:g}"
+    )
 
 
 def metric_error(

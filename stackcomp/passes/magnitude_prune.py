@@ -1,7 +1,7 @@
 """Magnitude pruning, unstructured and N:M."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +10,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
+from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import within
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ class MagnitudePrune(Pass):
             adds=facts(Fact.SPARSE),
             removes=facts(Fact.DENSE),
         )
+
+    def examine(self, weights: "Sequence[PlannedWeight]") -> None:
+        for weight in weights:
+            if self._groups and weight.cols % self._groups[1]:
+                raise SettingError(
+                    f"sparsity={self.sparsity!r}: {self._groups[1]} does not divide the {weight.cols} inputs of {weight.id}; "
+                    f"give another pattern or skip={weight.id!r}"
+                )
 
     def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
         if self.sparsity == 0:

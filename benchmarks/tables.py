@@ -1,0 +1,227 @@
+"""Rows of results as Markdown: the same tables for README and docs.
+
+Each function takes the rows of one study and returns Markdown, or says how to run the study when there are none.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.rows import Row
+from stackcomp.core.ledger import Ledger
+
+
+def table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are aligned left, the others right."""
+    marks = ["---" if index < left else "--:" for index in range(len(titles))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [titles, marks, *cells])
+
+
+def not_run(name: str) -> str:
+    """What stands where a study has no rows yet."""
+    return f"Not run yet: `python -m benchmarks.{name}` makes the rows."
+
+
+def made_by(name: str, rows: Sequence[Row]) -> str:
+    """The command, the machine and the date behind a table."""
+    last = rows[-1]
+    machine, versions = last["machine"], last["versions"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return (
+        f"Made by `python -m benchmarks.{name}` on {last['date']}: {machine['processor']}, {threads}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, seed {last['seed']}."
+    )
+
+
+def plus_minus(value: float | None, noise: float | None, *, signed: bool = False) -> str:
+    """`81.20 ± 1.10`, a dash where there is no value."""
+    if value is None or noise is None:
+        return "-"
+    return f"{value:+.2f} ± {noise:.2f}" if signed else f"{value:.2f} ± {noise:.2f}"
+
+
+# the STS benchmark
+
+
+def stsb(rows: Sequence[Row]) -> str:
+    """One line a ratio and method, plain and with int8 on top, and what the rows say in words."""
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    if dense is None:
+        return not_run("stsb")
+    found = {(row["ratio"], row["method"], row["int8"]): row for row in rows}
+    cells = []
+    for ratio, method in sorted({(row["ratio"], row["method"]) for row in rows if row is not dense}):
+        plain, rounded = found.get((ratio, method, False)), found.get((ratio, method, True))
+        if plain and rounded:
+            cells.append([f"{ratio:g}x", _spoken(method), *_side(plain), *_side(rounded)])
+    titles = [
+        "encoder, asked",
+        "factorization",
+        "score",
+        "encoder",
+        "file",
+        "+ int8: score",
+        "encoder",
+        "file",
+    ]
+    whole = plus_minus(dense["score"], dense["noise"])
+    start = f"As it came: {whole} ({dense['examples']} pairs, Spearman x 100), {dense['size_bytes'] / 1e6:.1f} MB."
+    words = [*_against_low_rank(found), *_int8_change(found)]
+    return "\n\n".join([start, table(titles, cells, left=2), *words, made_by("stsb", rows)])
+
+
+def _spoken(method: str) -> str:
+    return {"DenseSparse": "dense-sparse", "LowRank": "low rank"}.get(method, method)
+
+
+def _side(row: Row) -> list[str]:
+    return [f"{row['score']:.2f}", f"{row['layer_compression']:.2f}x", f"{row['compression']:.2f}x"]
+
+
+def _against_low_rank(found: dict[Any, Row]) -> list[str]:
+    """Dense-sparse minus low rank at each ratio, whatever its sign."""
+    ratios = sorted({ratio for ratio, method, _ in found if method == "DenseSparse"})
+    gains = [
+        f"{found[ratio, 'DenseSparse', False]['score'] - found[ratio, 'LowRank', False]['score']:+.2f} at {ratio:g}x"
+        for ratio in ratios
+        if (ratio, "DenseSparse", False) in found and (ratio, "LowRank", False) in found
+    ]
+    return [f"Dense-sparse minus low rank, before rounding: {', '.join(gains)}."] if gains else []
+
+
+def _int8_change(found: dict[Any, Row]) -> list[str]:
+    """The largest change that rounding made, and what it did to the bytes."""
+    both = [
+        (found[ratio, method, True], found[ratio, method, False])
+        for ratio, method, int8 in found
+        if int8 and (ratio, method, False) in found
+    ]
+    if not both:
+        return []
+    most = max((rounded["score"] - plain["score"] for rounded, plain in both), key=abs)
+    shrunk = [plain["layer_bytes"] / rounded["layer_bytes"] for rounded, plain in both]
+    return [
+        f"Rounding to int8 changed a score by at most {abs(most):.2f} and shrank the factorized layers "
+        f"{min(shrunk):.2f} to {max(shrunk):.2f} times more."
+    ]
+
+
+# the quickstart
+
+
+def ledgers(rows: Sequence[Row], role: str) -> list[tuple[Row, Ledger]]:
+    """(row, its ledger) of every pipeline in a role: declared, other order, alone."""
+    return [(row, Ledger.from_json(row["ledger"])) for row in rows if row["role"] == role]
+
+
+def ledger(found: Ledger) -> str:
+    """A ledger's own table."""
+    titles, cells = found.table()
+    return table(titles, cells)
+
+
+def quickstart(rows: Sequence[Row]) -> str:
+    """One line a pipeline, as it ended: declared, other orders, each pass alone."""
+    if not ledgers(rows, "declared"):
+        return not_run("quickstart")
+    cells = []
+    for role in ("declared", "other order", "alone"):
+        for _, found in ledgers(rows, role):
+            names = " → ".join(row.name for row in found.rows[1:])
+            _, lines = found.table()
+            seconds = sum(row.seconds for row in found.rows[1:])
+            cells.append(
+                [f"**{names}**" if role == "declared" else names, *lines[-1][1:-1], f"{seconds:.0f}"]
+            )
+    (_, declared), *_ = ledgers(rows, "declared")
+    titles, lines = declared.table()
+    cells.append(["as it came", *lines[0][1:-1], "-"])
+    return "\n\n".join([table(["passes", *titles[1:-1], "seconds"], cells), made_by("quickstart", rows)])
+
+
+def brought(found: Ledger) -> str:
+    """What each pass of one pipeline changed: bytes, score, latency, and the seconds it took."""
+    cells = []
+    for before, after in pairwise(found.rows):
+        then, now = before.measured, after.measured
+        cells.append(
+            [
+                after.name,
+                f"{(before.size_bytes - after.size_bytes) / 1e6:.2f} MB",
+                _change(then.score, now.score, "+.2f"),
+                _change(then.latency_ms, now.latency_ms, "+.1f", " ms"),
+                f"{after.seconds:.0f} s",
+            ]
+        )
+    return table(["pass", "bytes saved", "score changed by", "latency changed by", "took"], cells)
+
+
+def _change(before: float | None, after: float | None, how: str, unit: str = "") -> str:
+    return "-" if before is None or after is None else f"{after - before:{how}}{unit}"
+
+
+# reloading and resuming
+
+
+def reload(rows: Sequence[Row]) -> str:
+    """One line a pass: bits and bytes."""
+    if not rows:
+        return not_run("reload")
+    cells = []
+    for row in rows:
+        sizes = {row[name] for name in ("file_bytes", "ledger_bytes", "component_bytes", "tensor_bytes")}
+        cells.append(
+            [
+                f"`{row['key']}`" if row["key"] != "quickstart" else "the quickstart's stack",
+                _yes(row["load_identical"]),
+                _yes(row["auto_identical"]),
+                f"{row['file_bytes']:,}",
+                _yes(len(sizes) == 1),
+            ]
+        )
+    titles = [
+        "pass",
+        "`stackcomp.load`: same bits",
+        "`AutoModel`: same bits",
+        "bytes on disk",
+        "equal the ledger's sum",
+    ]
+    note = f"All-MiniLM-L6-v2 cut to {rows[-1]['layers']} layers; passes took 3 steps of training and 64 texts of calibration."
+    return "\n\n".join([table(titles, cells), note, made_by("reload", rows)])
+
+
+def kill(rows: Sequence[Row]) -> str:
+    """One line a kill point."""
+    points = [row for row in rows if row["key"] != "whole"]
+    if not points:
+        return not_run("kill")
+    cells = [
+        [
+            row["key"].removeprefix("point "),
+            f"{row['after_seconds']:.1f} s",
+            row["last_step"] if row["killed"] else "(had ended)",
+            _yes(row["identical"]),
+        ]
+        for row in points
+    ]
+    return "\n\n".join(
+        [kill_in_words(rows), table(["point", "killed after", "last finished step", "same bytes"], cells)]
+    )
+
+
+def kill_in_words(rows: Sequence[Row]) -> str:
+    """How many points there were and how many ended in the same bytes."""
+    points = [row for row in rows if row["key"] != "whole"]
+    whole = [row for row in rows if row["key"] == "whole"]
+    if not points or not whole:
+        return not_run("kill")
+    same, dead = sum(row["identical"] for row in points), sum(row["killed"] for row in points)
+    return (
+        f"{dead} of {len(points)} runs of a {whole[0]['seconds']:.0f}-second stack were killed before they ended; "
+        f"after resuming, {same} of {len(points)} weights files were the same bytes as the uninterrupted run's. "
+        f"{made_by('kill', rows)}"
+    )
+
+
+def _yes(held: bool) -> str:
+    return "yes" if held else "**no**"

@@ -1,0 +1,248 @@
+"""Makes the pages that must not be written by hand: from the registry, from contracts, from recorded results.
+
+Run by mkdocs-gen-files at each build. A study that has not run yet is said so, with the command that runs it.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
+
+from benchmarks import tables  # noqa: E402
+from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
+from stackcomp.core import contract, headers  # noqa: E402
+from stackcomp.core.errors import PipelineRefused  # noqa: E402
+from stackcomp.core.passes import Pass  # noqa: E402
+from stackcomp.passes import registered  # noqa: E402
+
+REPORT = Report(root=ROOT)
+PUBLIC = {
+    "Running": ["stackcomp.manager.PassManager", "stackcomp.manager.Measuring", "stackcomp.manager.Result"],
+    "Judging and loading": ["stackcomp.manager.check", "stackcomp.checkpoint.load", "stackcomp.parse"],
+    "Pipelines and passes": [
+        "stackcomp.core.pipeline.Pipeline",
+        "stackcomp.core.passes.Pass",
+        "stackcomp.core.context.Context",
+        "stackcomp.core.contract.Contract",
+        "stackcomp.core.contract.Need",
+        "stackcomp.core.facts.Fact",
+    ],
+    "The ledger": [
+        "stackcomp.core.ledger.Ledger",
+        "stackcomp.core.ledger.Row",
+        "stackcomp.core.ledger.Measured",
+    ],
+    "Tasks": ["stackcomp.data.tasks"],
+    "Errors": ["stackcomp.core.errors"],
+}
+
+
+def picture(name: str, depth: int = 0) -> str:
+    """A picture, where its study has run; `depth` is how many folders deep the page is."""
+    return f"![{PICTURES[name]}]({'../' * depth}assets/{name}.svg)" if name in REPORT.pictures() else ""
+
+
+def quickstart() -> str:
+    """The tutorial: the recorded run of pipelines/quickstart.py."""
+    head = "# Quickstart\n\nA recorded run of `pipelines/quickstart.py`, which is also what `make demo` runs."
+    rows = REPORT.rows("quickstart")
+    declared = tables.ledgers(rows, "declared")
+    if not declared:
+        return f"{head}\n\n{tables.not_run('quickstart')}"
+    row, ledger = declared[0]
+    parts = [
+        head,
+        "A classifier of film reviews is made by fine-tuning all-MiniLM-L6-v2. Then three passes are stacked on it:",
+        f"```python\nimport stackcomp as sc\n\npipeline = {_as_written(row)}\nsc.check(pipeline)\n```",
+        "`check` has judged the order before a weight is read. `run` then leaves one row a pass:",
+        picture("quickstart", 1),
+        tables.ledger(ledger),
+        "## What each pass brought",
+        tables.brought(ledger),
+        "A recovery pass saves no bytes: it gives score back. A rounding pass gives bytes. Compare both columns with "
+        "the noise in the table above. What the words mean: [the ledger](../concepts.md#the-ledger).",
+        *_pipelines(rows, "other order", "## The same passes in another order", _ORDER),
+        *_pipelines(rows, "alone", "## Each pass alone", "What the combination has to beat."),
+        "## Everything side by side",
+        tables.quickstart(rows),
+        "## Load it",
+        "```text\nimport stackcomp\nmodel = stackcomp.load('out/quickstart')\n```",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+_ORDER = (
+    "The contracts allow these too. Training after rounding can move the scales only, training before compressing follows "
+    "a teacher that is the model itself: the figures say what that costs."
+)
+
+
+def _as_written(row: tables.Row) -> str:
+    """The declaration as a user writes it after `import stackcomp as sc`."""
+    names = "|".join(["Pipeline", *registered()])
+    return re.sub(rf"\b({names})\(", r"sc.\1(", row["declaration"])
+
+
+def _pipelines(rows: list[tables.Row], role: str, title: str, words: str) -> list[str]:
+    found = tables.ledgers(rows, role)
+    if not found:
+        return []
+    parts = [title, words]
+    for row, ledger in found:
+        parts += [f"```text\n{row['declaration']}\n```", tables.ledger(ledger)]
+    return parts
+
+
+def passes() -> str:
+    """Every registered pass: what it does, its settings, contract and paper."""
+    parts = [
+        "# Passes",
+        "From the registry. Every setting has a default and is given by name. These two, all passes have:",
+        inspect.cleandoc(Pass.__doc__ or "").split("\n\n")[1],
+    ]
+    for name, cls in registered().items():
+        default = cls()
+        cells = [
+            [f"`{field.name}`", f"`{_type(field.type)}`", f"`{getattr(default, field.name)!r}`"]
+            for field in fields(cls)
+        ]
+        above = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
+        parts += [
+            f"## {name}",
+            *(inspect.cleandoc(part.__doc__ or "") for part in (cls, *above)),
+            tables.table(["setting", "type", "default"], cells, left=3),
+            f"Contract: {default.contract or 'asks nothing and keeps every fact'}.",
+            f"Paper: {cls.paper}. Source: `{cls.__module__}`.",
+        ]
+    return "\n\n".join(parts)
+
+
+def _type(annotation: object) -> str:
+    """An annotation in words; a bar would end the cell of a table."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace("typing.", "").replace(" | ", " or ")
+
+
+def pairs() -> str:
+    """Which pass may follow which, by their contracts, on a plain dense BERT."""
+    plan = headers.plain("bert")
+    known = {name: cls() for name, cls in registered().items()}
+    cells, reasons = [], []
+    for first, before in known.items():
+        line = [f"**{first}**"]
+        for second, after in known.items():
+            line.append("yes" if contract.legal([before, after], plan) else "no")
+            if line[-1] == "no":
+                reasons.append(f"- {first} → {second}: {_reason([before, after])}")
+        cells.append(line)
+    return "\n\n".join(
+        [
+            "# Pairs",
+            "Which pass may follow which on the same weights, each with its default settings: worked out from the "
+            "contracts, on a plain dense BERT. The row runs first. There is no such table in the code. Every pair that "
+            "says yes is run by the tests on a small model.",
+            tables.table(["first \\ then", *known], cells),
+            "## Why not",
+            "\n".join(reasons) or "Every pair is legal.",
+            "On *different* weights (`only=`, `skip=`) any two passes may follow each other.",
+        ]
+    )
+
+
+def _reason(steps: list[Pass]) -> str:
+    try:
+        contract.predict(steps, headers.plain("bert"))
+    except PipelineRefused as error:
+        found = [line.strip() for line in str(error).splitlines() if line.startswith("  it ")]
+        return "; ".join(dict.fromkeys(line.partition(" of ")[0] for line in found))
+    raise AssertionError(f"{steps} is legal")
+
+
+def refused() -> str:
+    """What the command line says of pipelines/refused.py, run now."""
+    code = (ROOT / "pipelines" / "refused.py").read_text("utf8")
+    code = code[code.index("import stackcomp") :].rstrip()
+    return "\n\n".join(
+        [
+            "# A refused pipeline",
+            "Factorizing needs floating-point values. Rounding takes them away. So this order cannot run:",
+            f"```python\n{code}\n```",
+            "It is refused before a weight is read, with exit status 2. This is what the command line answered while this "
+            "page was built:",
+            refusal(),
+            "The answer names the step, the fact, the layers, the earlier step that took the fact away, and a legal order "
+            "if there is one, found by search over the contracts.",
+        ]
+    )
+
+
+def results() -> str:
+    """All tables and the plot."""
+    return "\n\n".join(
+        part
+        for part in [
+            "# Results",
+            "From `docs/results/*.jsonl`, by the commands named below. Every row there holds the exact declaration, seed, "
+            "versions and machine. Numbers that are worse or slower than hoped stand as they are.",
+            "## Sentence similarity, post-training",
+            "All-MiniLM-L6-v2 on the test set of the STS benchmark. No labels, no training; calibration text from the "
+            "training split. Published for this model: 82.03. *encoder* counts the factorized layers, indices and scales "
+            "included; *file* is the whole file, half of which is word embeddings that no pass touches here.",
+            picture("stsb"),
+            tables.stsb(REPORT.rows("stsb")),
+            "## A stack of three, in every order",
+            tables.quickstart(REPORT.rows("quickstart")),
+            "## Reloading",
+            "Logits in the process that made the model, before it was written, against those of a new process.",
+            tables.reload(REPORT.rows("reload")),
+            "## Killing and resuming",
+            tables.kill(REPORT.rows("kill")),
+        ]
+        if part
+    )
+
+
+def reference() -> str:
+    """The API, from docstrings."""
+    parts = ["# API"]
+    for title, names in PUBLIC.items():
+        parts += [f"## {title}", *(f"::: {name}\n    options:\n      heading_level: 3" for name in names)]
+    return "\n\n".join(parts)
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "tutorials/quickstart.md": ("Quickstart", quickstart),
+    "passes.md": ("Passes", passes),
+    "pairs.md": ("Pairs", pairs),
+    "refused.md": ("A refused pipeline", refused),
+    "results.md": ("Results", results),
+    "reference.md": ("API", reference),
+}
+
+
+def summary() -> str:
+    """The order of the pages."""
+    written = {"index.md": "Home", "concepts.md": "Concepts"}
+    order = ["index.md", "tutorials/quickstart.md", "concepts.md", *list(PAGES)[1:]]
+    titles = {**written, **{path: title for path, (title, _) in PAGES.items()}}
+    return "\n".join(f"- [{titles[path]}]({path})" for path in order)
+
+
+def write() -> None:
+    """Hand every page to mkdocs."""
+    import mkdocs_gen_files
+
+    for path, (_, make) in PAGES.items():
+        with mkdocs_gen_files.open(path, "w") as file:
+            print(make(), file=file)
+    with mkdocs_gen_files.open("SUMMARY.md", "w") as file:
+        print(summary(), file=file)
+
+
+if __name__ == "<run_path>" or __name__ == "__main__":
+    write()

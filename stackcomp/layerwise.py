@@ -1,0 +1,196 @@
+"""Post-training factorization, layer by layer: calibrate once, price every layer, split one budget, rebuild.
+
+    text -> moments of inputs and of gradients -> candidates (bytes, error) of each layer -> allocation -> factors
+
+What a pass adds is how a layer is priced and how it is built; the flow, and with it the fairness between methods, is shared.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stackcomp import data, nn, ops
+from stackcomp.core.errors import UnreachableRatio
+from stackcomp.core.passes import Findings, Pass
+from stackcomp.core.plan import PlannedWeight
+from stackcomp.core.settings import whole, within
+from stackcomp.core.spec import VALUE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from stackcomp.core.context import Context
+    from stackcomp.ops.allocate import Candidate
+    from stackcomp.ops.factorize import DenseSparseFactors
+    from stackcomp.ops.whiten import Whitener
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of the gradients flowing back.
+
+    size_bytes: of the dense weight; value_bytes: of one value.
+    """
+
+    weight: "torch.Tensor"
+    inputs: "Whitener | None"
+    outputs: "Whitener | None"
+    value_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.weight.numel() * self.value_bytes
+
+    @property
+    def scale(self) -> float:
+        """What errors are divided by to compare layers: 1 where the metric reaches to the model's output, else the layer's own energy."""
+        if self.outputs is not None:
+            return 1.0
+        return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FactorizingPass(Pass):
+    """A pass that replaces weights by factors under one budget for all of them.
+
+    ratio: dense bytes / stored bytes of all selected weights together, indices counted, at least 1, where 1 does nothing;
+    data_aware: minimise the error of each layer's outputs on calibration text rather than that of its weights; sensitivity: weigh these
+    outputs by what the model's own output makes of them; samples: calibration texts; damping: share of the mean diagonal that is added
+    to a moment of inputs.
+    """
+
+    ratio: float = 2.0
+    data_aware: bool = True
+    sensitivity: bool = True
+    samples: int = 1024
+    damping: float = 1e-3
+
+    idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("ratio", self.ratio, 1.0, 10_000.0)
+        within("damping", self.damping, 0.0, 1.0, above=True)
+        whole("samples", self.samples, 1)
+
+    @abstractmethod
+    def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
+        """Ways to store each layer, with their bytes, predicted error in the layer's metric, and choice."""
+
+    @abstractmethod
+    def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
+        """The factors of the layer for a choice."""
+
+    @abstractmethod
+    def _smallest(self, rows: int, cols: int) -> float:
+        """Values of the smallest form of a rows x cols weight, indices counted as parts of a value."""
+
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        dense = sum(weight.rows * weight.cols for weight in weights)
+        least = sum(
+            min(weight.rows * weight.cols, self._smallest(weight.rows, weight.cols)) for weight in weights
+        )
+        if self.ratio > dense / least:
+            raise UnreachableRatio(
+                f"{self.name}: ratio={self.ratio:g} cannot be reached on these {len(weights)} weights: the largest is {dense / least:.2f}"
+            )
+
+    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+        if self.ratio == 1.0:
+            return {}
+        layers, means = self._layers(model, context)
+        candidates = {
+            id_: [
+                ops.Candidate(size_bytes=layers[id_].size_bytes, error=0.0, choice=None),
+                *(
+                    replace(option, error=option.error / layers[id_].scale)
+                    for option in priced
+                    if option.size_bytes < layers[id_].size_bytes
+                ),
+            ]
+            for id_, priced in self._price(layers, context).items()
+        }
+        budget = int(sum(layer.size_bytes for layer in layers.values()) / self.ratio)
+        taken = ops.allocate(candidates, budget)
+        findings: dict[str, str] = {}
+        for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
+            choice = taken[id_].choice
+            if choice is None:
+                findings[id_] = (
+                    "left dense: the budget is better spent elsewhere"
+                    if len(candidates[id_]) > 1
+                    else "left dense: too small to gain"
+                )
+                continue
+            factors = self._build(layer, choice, context.seed)
+            _replace(model, id_, layer, factors, means.get(id_))
+            findings[id_] = f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x"
+        return {"layers": findings}
+
+    def _layers(
+        self, model: "torch.nn.Module", context: "Context"
+    ) -> "tuple[dict[str, Layer], dict[str, torch.Tensor]]":
+        """The selected weights with their metrics, and the mean input of those whose bias can take up a mean error."""
+        import torch
+
+        handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
+        modules = {id_: handle.modules[0] for id_, handle in handles.items()}
+        moments: dict[str, Any] = {}
+        gradients: dict[str, Any] = {}
+        if self.data_aware:
+            assert context.calibration is not None
+            assert context.tokenizer is not None
+            length = context.task.max_length if context.task is not None else 128
+            text = data.Calibration(context.calibration(self.samples)[: self.samples], context.tokenizer, max_length=length)
+            moments = text.second_moments(model, modules, progress=context.progress)
+            if self.sensitivity:
+                gradients = data.gradient_moments(
+                    text, model, modules, seed=context.seed, progress=context.progress
+                )
+        layers: dict[str, Layer] = {}
+        means: dict[str, torch.Tensor] = {}
+        for id_, handle in handles.items():
+            inputs = outputs = None
+            if id_ in moments:
+                moment, mean = moments[id_].average, moments[id_].mean
+                if len(handle.modules) == 1 and getattr(modules[id_], "bias", None) is not None:
+                    means[id_] = mean
+                    moment = moment - torch.outer(mean, mean)
+                inputs = ops.whitener(moment, damping=self.damping)
+            if gradients.get(id_) is not None:
+                outputs = ops.whitener(gradients[id_], damping=10 * self.damping)
+            weight = handle.dense()
+            layers[id_] = Layer(
+                weight=weight.float(),
+                inputs=inputs,
+                outputs=outputs,
+                value_bytes=VALUE_BYTES[handle.spec.matrices["weight"].coding],
+            )
+        return layers, means
+
+
+def _replace(
+    model: "torch.nn.Module",
+    id_: str,
+    layer: Layer,
+    factors: "DenseSparseFactors",
+    mean: "torch.Tensor | None",
+) -> None:
+    """Put the factors in the place of the weight; its bias takes up the mean of the error, E[(W - W') x]."""
+    import torch
+
+    sparse = factors.support.shape[2] < factors.basis.shape[1]
+    nn.factorize(
+        model,
+        id_,
+        basis=factors.basis.flatten(0, 1),
+        values=factors.values if sparse else factors.values.flatten(1),
+        support=factors.support if sparse else None,
+        transposed=factors.transposed,
+    )
+    if mean is not None:
+        (module,) = nn.weights(model)[id_].modules
+        with torch.no_grad():
+            module.bias += ((layer.weight - factors.product()) @ mean).to(module.bias)

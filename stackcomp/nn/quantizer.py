@@ -1,0 +1,301 @@
+"""How `transformers` saves and loads compressed models: a quantization method named `stackcomp`.
+
+config.json carries, under `quantization_config`, the spec of every compressed weight. On save the specs are read off the model; on load the
+compressed layers are put in place on the meta device before any tensor is read, and the files are checked against them: a tensor that is
+missing, unexpected or of another shape is refused, as `transformers` would fill it with random numbers.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from stackcomp.core import manifest
+from stackcomp.core.errors import CheckpointError, UnsupportedModel
+from stackcomp.core.headers import read_header
+from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
+from stackcomp.nn.layers import CompressedLayer
+from stackcomp.nn.matrix import CODINGS
+from stackcomp.nn.tree import absolute, install, relative, weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "stackcomp"
+FORMAT = 1
+MAX_NAMED = 3  # tensors named in a message
+
+
+class StackcompConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared: names of tensors that are
+    other names of another tensor, and which (layers shared by name; paths relative to the base model).
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Mapping[str, Any],
+        dtype: str,
+        shared: Mapping[str, str] | None = None,
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+    ) -> None:
+        if format != FORMAT:
+            raise CheckpointError(
+                f"config.json: stackcomp format {format!r}, this version reads {FORMAT}: install a newer stackcomp, or save it again"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format = format
+        self.dtype = dtype
+        self.weights = {id_: dict(spec) for id_, spec in weights.items()}
+        self.shared = dict(shared or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config that `to_dict` gave; raises CheckpointError for a newer format or a damaged one."""
+        if "format" in config_dict and config_dict["format"] != FORMAT:
+            return cls(weights={}, dtype="", format=config_dict["format"])
+        try:
+            config = cls(**config_dict)
+            config.specs()
+        except (TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"config.json: its quantization_config is damaged ({error}); copy or save the checkpoint again"
+            ) from error
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "StackcompConfig":
+        """The config of the model as it is now."""
+        specs = compressed(model)
+        stored = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+        return cls(
+            weights={spec.id: spec.to_json() for spec in specs},
+            dtype=CODINGS[stored[0]],
+            shared={relative(model, name): relative(model, first) for name, first in _shared(model).items()},
+        )
+
+    def specs(self) -> list[WeightSpec]:
+        """The specs of the compressed weights. Raises CheckpointError for one that describes no weight."""
+        specs = [WeightSpec.from_json(id_, data) for id_, data in self.weights.items()]
+        for spec in specs:
+            if not _makes_sense(spec):
+                raise CheckpointError(f"{spec.id}: its matrices in config.json do not make {spec.rows} x {spec.cols}; save it again")
+        return specs
+
+
+class StackcompQuantizer(HfQuantizer):
+    """Puts the compressed layers in place when a model is loaded, and lists them when it is saved."""
+
+    requires_calibration = True  # transformers' word for: only already compressed checkpoints
+    quantization_config: StackcompConfig
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", *, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        files = [Path(file) for file in checkpoint_files or ()]
+        for file in files:
+            manifest.check_file(file)
+        install(model, [_cast(spec, config.dtype, CODINGS[model.dtype]) for spec in config.specs()])
+        _share(model, config.shared)
+        if files:
+            _check_names(model, files)
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: each tensor once. Brings the config up to date with the model first."""
+        self.quantization_config = model.config.quantization_config = StackcompConfig.of(model)
+        twice = _shared(model)
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in twice}, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks this of models without adapters."""
+        return True
+
+
+def register() -> None:
+    """Make `transformers` know the method; doing it again changes nothing."""
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(StackcompConfig)
+    register_quantizer(METHOD)(StackcompQuantizer)
+
+
+def attach(model: "PreTrainedModel") -> None:
+    """Let `model.save_pretrained` know that the model is compressed. Raises UnsupportedModel when another library quantized it."""
+    known = getattr(model.config, "quantization_config", None)
+    if isinstance(known, StackcompConfig):
+        return
+    if known is not None:
+        raise UnsupportedModel(
+            f"the model is quantized by {getattr(known, 'quant_method', type(known).__name__)}: give it in floating point"
+        )
+    config = StackcompConfig.of(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = StackcompQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def compressed(model: "PreTrainedModel") -> list[WeightSpec]:
+    """The specs of the compressed weights of a model."""
+    return [handle.spec for handle in weights(model).values() if isinstance(handle.modules[0], CompressedLayer)]
+
+
+def _makes_sense(spec: WeightSpec) -> bool:
+    """Whether the matrices of a spec make its weight."""
+    match dict(spec.matrices):
+        case {"weight": whole, **rest}:
+            return not rest and (whole.rows, whole.cols) == (spec.rows, spec.cols)
+        case {"basis": basis, "coefficients": coefficients, **rest}:
+            n, m = (spec.cols, spec.rows) if spec.transposed else (spec.rows, spec.cols)
+            even = m % basis.cols == 0 and basis.rows % (m // basis.cols) == 0
+            return not rest and even and (coefficients.rows, coefficients.cols) == (n, basis.rows)
+    return False
+
+
+def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:
+    """The spec after a cast of the model from dtype `old` to `new`; what has another dtype on purpose keeps it."""
+
+    def cast(matrix: MatrixSpec) -> MatrixSpec:
+        return replace(
+            matrix,
+            coding=new if matrix.coding == old else matrix.coding,
+            scale_coding=new if matrix.scale_coding == old else matrix.scale_coding,
+        )
+
+    return replace(spec, matrices={part: cast(matrix) for part, matrix in spec.matrices.items()})
+
+
+def _shared(model: "PreTrainedModel") -> dict[str, str]:
+    """Second names of parameters and buffers, and the first name of each; but for those that `transformers` ties by itself."""
+    first: dict[int, str] = {}
+    second: dict[str, str] = {}
+    tied = model.all_tied_weights_keys
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        kept = first.setdefault(id(tensor), name)
+        if kept != name and name not in tied and kept not in tied:
+            second[name] = kept
+    return second
+
+
+def _share(model: "PreTrainedModel", names: Mapping[str, str]) -> None:
+    """See to it that second names of tensors are not missed: `transformers` would put uninitialised memory there.
+
+    Where the class itself shares a module, the second names leave its state dict; other tensors are tied after they were read.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    twice = set()
+    for name, first in names.items():
+        target, source = _tensor(model, name), _tensor(model, first)
+        if target in tensors and source in tensors:
+            if tensors[target] is tensors[source]:
+                twice.add(target)
+            else:
+                model.all_tied_weights_keys[target] = source
+    if twice:
+        model.register_state_dict_post_hook(_Omit(frozenset(twice)))
+
+
+@dataclass  # not frozen: torch writes a mark on its hooks
+class _Omit:
+    """A hook that leaves `names` out of a state dict."""
+
+    names: frozenset[str]
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in self.names:
+            state.pop(prefix + name, None)
+
+
+def _tensor(model: "PreTrainedModel", name: str) -> str | None:
+    """The name in `model` of the tensor with this name relative to the base model."""
+    path, _, attribute = name.rpartition(".")
+    owner = absolute(model, path)
+    return None if owner is None else f"{owner}.{attribute}"
+
+
+def _check_names(model: "PreTrainedModel", files: list[Path]) -> None:
+    """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a difference.
+
+    A class other than the one saved may lack the parts that are unexpected then (the base model of a model with a head), and may have a new
+    head to train; but what is stored of a compressed weight, and of the base model, must be there.
+    """
+    found = _renamed(model, {name: entry for file in files for name, entry in read_header(file)[0].items()})
+    expected = model.state_dict()
+    tied = model.all_tied_weights_keys
+    same_class = type(model).__name__ in (model.config.architectures or [])
+    missing = [
+        name
+        for name in expected
+        if name not in found
+        and not (name in tied and tied[name] in found)
+        and not any(source == name and target in found for target, source in tied.items())
+        and (same_class or _in_base(model, name))
+    ]
+    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLayer)]
+    unexpected = [
+        name for name in found if name not in expected and (same_class or any(name.startswith(start) for start in inside))
+    ]
+    other = [
+        f"{name}: {entry['shape']} in the file, {list(expected[name].shape)} in the model"
+        for name, entry in found.items()
+        if entry is not None and name in expected and list(expected[name].shape) != entry["shape"]
+    ]
+    for words, names in (("lacks", missing), ("holds unexpected", unexpected), ("has other shapes for", other)):
+        if names:
+            saved = " or ".join(model.config.architectures or ["the class it was saved from"])
+            without = " or add_pooling_layer=False" if any("pooler." in name for name in names) else ""
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            raise CheckpointError(
+                f"{files[0]}: the file {words} {', '.join(names[:MAX_NAMED])}{more} for {type(model).__name__}: load it with "
+                f"{saved} and its own settings{without}, or copy or save it again"
+            )
+
+
+def _in_base(model: "PreTrainedModel", name: str) -> bool:
+    """Whether a tensor belongs to the base model (all do, when the model is one)."""
+    return model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
+
+
+def _renamed(model: "PreTrainedModel", header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header under the names the tensors will have in the model: the renaming that `transformers` itself does on load.
+
+    Entries that it merges or splits are None: their shapes change.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    expected = model.state_dict()
+    renamed: dict[str, Any] = {}
+    for key, entry in header.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if pattern is None:
+            renamed[name] = entry
+            continue
+        targets = by_pattern[pattern].target_patterns
+        renamed.update({re.sub(re.escape(targets[0]), target, name): None for target in targets})
+    return renamed
+
+
+register()  # here, and not by the import hook: when this module is imported first, the hook runs in the middle of its imports

@@ -1,0 +1,73 @@
+"""Low-rank factorization by truncated singular values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stackcomp import ops
+from stackcomp.core.contract import Contract, Need
+from stackcomp.core.facts import Fact, facts
+from stackcomp.layerwise import FactorizingPass, Layer
+
+if TYPE_CHECKING:
+    from stackcomp.core.context import Context
+    from stackcomp.ops.allocate import Candidate
+    from stackcomp.ops.factorize import DenseSparseFactors
+
+FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)
+RANKS = 48  # ranks a layer is priced at
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LowRank(FactorizingPass):
+    """Replace each selected weight W (n x m) by a product of an n x r and an r x m matrix, r chosen per layer under one ratio.
+
+    The settings are those of every factorization: ratio, data_aware, sensitivity, samples, damping. With data_aware the factors are
+    the best of their rank for the layer's outputs, as in DRONE and SVD-LLM. Where we differ: ranks are shared out over layers by the
+    predicted error of the model's output, and a layer's bias takes up the mean of its error.
+    """
+
+    paper: ClassVar[str] = "SVD-LLM, arXiv:2403.07378; FWSVD, arXiv:2207.00112"
+
+    @property
+    def contract(self) -> Contract:
+        return Contract(
+            requires=facts(Fact.FLOAT, Fact.DENSE),
+            forbids=facts(Fact.FACTOR),
+            becomes=({"basis": FACTOR, "coefficients": FACTOR},),
+            may_leave=True,
+            needs=frozenset({Need.CALIBRATION}) if self.data_aware and self.ratio > 1 else frozenset(),
+        )
+
+    def _smallest(self, rows: int, cols: int) -> float:
+        return rows + cols
+
+    def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
+        return {
+            id_: _priced(layer)
+            for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
+        }
+
+    def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
+        rank = choice["rank"]
+        return ops.dense_sparse(
+            layer.weight, atoms=rank, nonzeros=rank, inputs=layer.inputs, outputs=layer.outputs
+        )
+
+
+def _priced(layer: Layer) -> "list[Candidate]":
+    """The layer at `RANKS` ranks up to where it is no smaller than dense."""
+    rows, cols = layer.weight.shape
+    errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
+    highest = rows * cols // (rows + cols)
+    ranks = sorted(
+        {max(1, round(highest * step / RANKS)) for step in range(1, RANKS + 1)} if highest else set()
+    )
+    return [
+        ops.Candidate(
+            size_bytes=layer.value_bytes * rank * (rows + cols),
+            error=float(errors[rank]),
+            choice={"rank": rank},
+        )
+        for rank in ranks
+    ]

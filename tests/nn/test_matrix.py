@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stackcomp.core.spec import Dense, Fixed, Free, MatrixSpec
+from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store, to_int8
+
+ROWS, COLS = 12, 20
+LAYOUTS = ["dense", "fixed", "full", "free"]
+
+
+def masked(kind, seed=0):
+    """A matrix, its layout and its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(ROWS, COLS, generator=generator)
+    scores = torch.rand(ROWS, COLS, generator=generator)
+    match kind:
+        case "dense":
+            return matrix, Dense(), None
+        case "fixed":
+            mask = torch.zeros(ROWS, 2, 10, dtype=torch.bool)
+            mask.scatter_(-1, scores.view(ROWS, 2, 10).argsort(-1)[..., :2], True)
+            return matrix, Fixed(block=10, nonzeros=2), mask.view(ROWS, COLS)
+        case "full":
+            return matrix, Fixed(block=10, nonzeros=10), torch.ones(ROWS, COLS, dtype=torch.bool)
+        case _:
+            mask = scores < 0.2
+            mask[3] = False  # a row that keeps nothing
+            return matrix, Free(nonzeros=int(mask.sum())), mask
+
+
+@pytest.fixture(params=LAYOUTS)
+def kept(request):
+    """The stored matrix and what it must be."""
+    matrix, layout, mask = masked(request.param)
+    return store(matrix, layout, mask), matrix if mask is None else matrix * mask
+
+
+def test_dense_is_what_was_stored(kept):
+    stored, matrix = kept
+    assert torch.equal(stored.dense(), matrix)
+    assert torch.equal(stored.mask(), matrix != 0)
+    assert stored.values.shape == stored.spec.values_shape
+    assert sum(part.nbytes for part in stored.state_dict().values()) == stored.spec.total_bytes
+
+
+@pytest.mark.parametrize("tokens", [1, 5, GATHER_TOKENS + 1])
+@pytest.mark.parametrize("grad", [False, True])
+def test_products(kept, tokens, grad):
+    stored, matrix = kept
+    with torch.set_grad_enabled(grad):
+        x = torch.randn(tokens, 1, COLS)
+        assert torch.allclose(stored.project(x), x @ matrix.t(), atol=1e-5)
+        x = torch.randn(tokens, 1, ROWS)
+        assert torch.allclose(stored.combine(x), x @ matrix, atol=1e-5)
+
+
+def test_products_with_matrices_below_each_other(kept):
+    stored, matrix = kept
+    parts = matrix.view(3, 4, COLS)
+    x = torch.randn(2, 5, 3, COLS)
+    assert torch.allclose(
+        stored.project(x.flatten(2), 3), torch.einsum("btkc,krc->btkr", x, parts).flatten(2), atol=1e-5
+    )
+    x = torch.randn(2, 5, 3, 4)
+    assert torch.allclose(
+        stored.combine(x.flatten(2), 3), torch.einsum("btkr,krc->btkc", x, parts).flatten(2), atol=1e-5
+    )
+
+
+def test_rows(kept):
+    stored, matrix = kept
+    ids = torch.tensor([[3, 0, 3], [11, 5, 3]])
+    assert torch.equal(stored.take(ids), matrix[ids])
+
+
+def test_the_padding_row_takes_no_gradient(kept):
+    stored, matrix = kept
+    stored.take(torch.tensor([0, 5, 5]), padding=5).sum().backward()
+    reached = torch.zeros(ROWS, COLS)
+    reached[0] = 1
+    assert torch.equal(stored.values.grad, store_like(stored, reached))
+
+
+def store_like(stored, matrix):
+    """The entries of `matrix` that `stored` keeps, in its shape."""
+    return matrix[stored.mask()].view(stored.values.shape)
+
+
+def test_gradients_are_those_of_the_dense_matrix(kept):
+    stored, matrix = kept
+    dense = matrix.clone().requires_grad_()
+    for product, reference, width in (
+        (stored.project, lambda x: x @ dense.t(), COLS),
+        (stored.combine, lambda x: x @ dense, ROWS),
+    ):
+        stored.zero_grad()
+        dense.grad = None
+        x, y = (torch.randn(7, width, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+        product(x).square().sum().backward()
+        reference(y).square().sum().backward()
+        assert torch.allclose(x.grad, y.grad, atol=1e-4)
+        assert torch.allclose(stored.values.grad, store_like(stored, dense.grad), atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_int8(kept, axis, dynamic):
+    stored, matrix = kept
+    rounded = to_int8(stored, axis=axis, dynamic=dynamic)
+    assert rounded.spec.coding == "int8"
+    assert rounded.spec.index_bytes == stored.spec.index_bytes
+    assert torch.equal(rounded.mask(), stored.mask())
+    steps = rounded.scales.detach().unsqueeze(1 - axis)
+    assert ((rounded.dense() - matrix).abs() <= 1.01 * steps).all()
+    assert not rounded.dense()[~stored.mask()].any()
+    x = torch.randn(2, 3, COLS)
+    exact = x @ rounded.dense().t()
+    tolerance = 0.05 * exact.abs().max() if dynamic and axis == 0 else 1e-4
+    assert (rounded.project(x) - exact).abs().max() <= tolerance
+    x = torch.randn(2, 3, ROWS)
+    exact = x @ rounded.dense()
+    tolerance = 0.05 * exact.abs().max() if dynamic and axis == 1 else 1e-4
+    assert (rounded.combine(x) - exact).abs().max() <= tolerance
+    ids = torch.tensor([0, 3, 7])
+    assert torch.allclose(rounded.take(ids), rounded.dense()[ids])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_int8_products_block_by_block(dynamic):
+    matrix, layout, mask = masked("dense")
+    x, y = torch.randn(5, 3, COLS), torch.randn(5, 3, 4)
+    down = to_int8(store(matrix, layout, mask), axis=0, dynamic=dynamic)
+    up = to_int8(store(matrix, layout, mask), axis=1, dynamic=dynamic)
+    exact = torch.einsum("tkc,krc->tkr", x, down.dense().view(3, 4, COLS)).flatten(1)
+    assert (down.project(x.flatten(1), 3) - exact).abs().max() <= (0.05 * exact.abs().max() if dynamic else 1e-4)
+    exact = torch.einsum("tkr,krc->tkc", y, up.dense().view(3, 4, COLS)).flatten(1)
+    assert (up.combine(y.flatten(1), 3) - exact).abs().max() <= (0.05 * exact.abs().max() if dynamic else 1e-4)
+
+
+def test_scales_are_what_trains_of_integers(kept):
+    stored, _ = kept
+    rounded = to_int8(stored, axis=0, dynamic=False)
+    assert [name for name, part in rounded.named_parameters() if part.requires_grad] == ["scales"]
+    rounded.project(torch.randn(4, COLS)).sum().backward()
+    assert rounded.scales.grad is not None
+    frozen = to_int8(stored.requires_grad_(False), axis=0, dynamic=False)
+    assert not frozen.scales.requires_grad
+
+
+def test_another_support_is_never_mistaken_for_the_old_one():
+    first = store(*masked("free", seed=1))
+    other = store(*masked("free", seed=1)[:2], masked("free", seed=1)[2].flip(0))
+    assert not torch.equal(first.dense(), other.dense())
+    x = torch.randn(2, COLS)
+    with torch.no_grad():
+        first.project(x)
+        first.load_state_dict(other.state_dict())  # in place
+        assert torch.equal(first.project(x), other.project(x))
+        first.support = store(*masked("free", seed=1)).support  # another tensor
+        assert torch.equal(first.mask(), masked("free", seed=1)[2])
+
+
+def test_values_that_change_are_seen_at_once():
+    stored = store(*masked("fixed"))
+    x = torch.randn(2, COLS)
+    with torch.no_grad():
+        before = stored.project(x)
+        stored.values.data.mul_(2)  # leaves no trace in the version counter
+        assert torch.allclose(stored.project(x), 2 * before)
+
+
+def test_copies_and_casts(kept):
+    stored, _ = kept
+    stored.project(torch.randn(2, COLS))
+    copied = copy.deepcopy(stored).to(torch.bfloat16)
+    assert copied.spec.coding == "bfloat16"
+    assert copied.dtype == torch.bfloat16
+    assert torch.equal(copied.dense(), stored.dense().bfloat16())
+    x = torch.randn(3, COLS, dtype=torch.bfloat16)
+    assert torch.allclose(copied.project(x).float(), F.linear(x.float(), copied.dense().float()), atol=0.1)
+    copied.values.data.zero_()
+    assert stored.dense().any()
+
+
+def test_under_inference_mode():
+    matrix, layout, mask = masked("free")
+    with torch.inference_mode():
+        stored = store(matrix, layout, mask)
+        assert torch.allclose(stored.project(torch.eye(COLS)), (matrix * mask).t())
+        assert torch.equal(stored.dense(), matrix * mask)
+
+
+def test_a_mask_that_breaks_the_groups_is_refused():
+    matrix = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="must keep 2"):
+        store(matrix, Fixed(block=4, nonzeros=2), matrix.abs() >= 0)
+
+
+def test_it_can_be_built_without_memory_and_says_what_it_is():
+    with torch.device("meta"):
+        matrix = StoredMatrix(MatrixSpec(rows=4, cols=8, layout=Fixed(block=4, nonzeros=2), coding="int8"))
+    assert {part.device.type for part in matrix.state_dict().values()} == {"meta"}
+    assert matrix.shape == (4, 8)
+    assert repr(matrix) == "StoredMatrix(4x8, 2 of 4, int8)"

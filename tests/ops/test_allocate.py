@@ -1,0 +1,80 @@
+"""Allocation: optimal against brute force, within the budget, honest about what cannot be reached; sizes as they are stored."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackcomp.core.errors import UnreachableRatio
+from stackcomp.core.spec import Fixed
+from stackcomp.ops.allocate import (
+    Candidate,
+    allocate,
+    dense_sparse_bytes,
+    low_rank_bytes,
+    most_nonzeros,
+    shapes_of_size,
+)
+
+options = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 10)), min_size=1, max_size=4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(options, min_size=1, max_size=4), st.integers(1, 200))
+def test_the_allocation_is_optimal(layers: list[list[tuple[int, float]]], budget: int):
+    candidates = {
+        str(name): [
+            Candidate(size_bytes=size, error=error, choice=index) for index, (size, error) in enumerate(layer)
+        ]
+        for name, layer in enumerate(layers)
+    }
+    allowed = [
+        sum(option.error for option in taken)
+        for taken in product(*candidates.values())
+        if sum(option.size_bytes for option in taken) <= budget
+    ]
+    if not allowed:
+        with pytest.raises(UnreachableRatio, match=f"budget is {budget}"):
+            allocate(candidates, budget)
+        return
+    taken = allocate(candidates, budget)
+    assert taken.keys() == candidates.keys()
+    assert all(option in candidates[name] for name, option in taken.items())
+    assert sum(option.size_bytes for option in taken.values()) <= budget
+    assert sum(option.error for option in taken.values()) <= min(allowed) * 1.0001 + 1e-4
+
+
+def test_bytes_go_where_they_matter():
+    def curve(scale: float) -> list[Candidate]:
+        return [Candidate(size_bytes=size, error=scale * (10 - size), choice=size) for size in range(1, 11)]
+
+    taken = allocate({"dull": curve(1), "keen": curve(3)}, 11)
+    assert (taken["dull"].choice, taken["keen"].choice) == (1, 10)
+
+
+def test_dense_sparse_bytes_are_those_of_the_parts():
+    support = Fixed(block=32, nonzeros=8).support_bytes(100, 64)
+    assert (
+        dense_sparse_bytes(100, 20, atoms=32, nonzeros=8, blocks=2) == 4 * (32 * 20 + 100 * 2 * 8) + support
+    )
+    assert dense_sparse_bytes(100, 20, atoms=8, nonzeros=8) == low_rank_bytes(100, 20, 8) == 4 * 8 * 120
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(0, 9000))
+def test_most_nonzeros_is_the_most(rows: int, columns: int, atoms: int, blocks: int, size_bytes: int):
+    fitting = [
+        nonzeros
+        for nonzeros in range(1, atoms + 1)
+        if dense_sparse_bytes(rows, columns, atoms=atoms, nonzeros=nonzeros, blocks=blocks) <= size_bytes
+    ]
+    found = most_nonzeros(rows, columns, atoms=atoms, size_bytes=size_bytes, blocks=blocks)
+    assert found == max(fitting, default=0)
+
+
+def test_shapes_of_size_fill_the_size():
+    for atoms, nonzeros in shapes_of_size(1536, 384, size_bytes=800_000, shares=(0.25, 0.5, 0.75)):
+        size = dense_sparse_bytes(1536, 384, atoms=atoms, nonzeros=nonzeros)
+        assert size <= 800_000
+        assert nonzeros == atoms or size > 790_000

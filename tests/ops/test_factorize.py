@@ -1,0 +1,160 @@
+"""Dense-sparse: planted factors come back, sweeps never hurt, metrics help, and low rank is its corner."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from stackcomp.core.errors import BadWeights, SettingError
+from stackcomp.ops.factorize import DenseSparseFactors, dense_sparse
+from stackcomp.ops.low_rank import rank_errors
+from stackcomp.ops.sparse_coding import scatter
+from stackcomp.ops.whiten import Whitener, metric_error, whitener
+
+
+def metric(size: int, seed: int) -> Whitener:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator) / size**0.5
+    x = (torch.randn(300, size, generator=generator) * torch.linspace(0.1, 2, size)) @ mixing
+    return whitener(x.T @ x / 300, damping=1e-3)
+
+
+def noise(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def error(
+    weight: torch.Tensor, factors: DenseSparseFactors, inputs: Whitener | None, outputs: Whitener | None
+):
+    return metric_error(weight - factors.product(), inputs=inputs, outputs=outputs)
+
+
+def test_planted_factors_are_found():
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.stack([torch.randperm(8, generator=generator)[:2].sort().values for _ in range(96)])
+    codes = scatter(picks[:, None], torch.randn(96, 1, 2, generator=generator), 8)
+    weight = codes @ torch.randn(8, 12, generator=generator)
+    factors = dense_sparse(weight, atoms=8, nonzeros=2, sweeps=30, seed=1)
+    left = metric_error(weight - factors.product()) / metric_error(weight)
+    assert left < 0.02 < float(rank_errors(weight)[2]) / metric_error(weight)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_no_sweep_raises_the_error(blocks: int, transposed: bool, coupled: bool):
+    weight, inputs, outputs = noise(40, 24), metric(24, 1), metric(40, 2) if coupled else None
+    errors = [
+        error(
+            weight,
+            dense_sparse(
+                weight,
+                atoms=8,
+                nonzeros=3,
+                blocks=blocks,
+                transposed=transposed,
+                inputs=inputs,
+                outputs=outputs,
+                sweeps=sweeps,
+            ),
+            inputs,
+            outputs,
+        )
+        for sweeps in range(6)
+    ]
+    assert all(after <= before * 1.0001 for before, after in pairwise(errors))
+    assert errors[-1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_shapes_types_and_orientation(blocks: int, transposed: bool):
+    weight = noise(20, 12)
+    factors = dense_sparse(weight, atoms=5, nonzeros=2, blocks=blocks, transposed=transposed, sweeps=1)
+    rows, columns = (12, 20) if transposed else (20, 12)
+    assert factors.basis.shape == (blocks, 5, columns // blocks)
+    assert factors.support.shape == factors.values.shape == (rows, blocks, 2)
+    assert factors.support.dtype == torch.int64
+    assert (factors.support.diff(dim=2) > 0).all()
+    assert factors.product().shape == weight.shape
+    parts = [
+        scatter(factors.support[:, [j]], factors.values[:, [j]], 5) @ factors.basis[j] for j in range(blocks)
+    ]
+    made = torch.cat(parts, dim=1)
+    torch.testing.assert_close(factors.product(), made.T if transposed else made)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_coefficient_kept_is_the_best_low_rank(transposed: bool):
+    weight, inputs, outputs = noise(30, 16), metric(16, 1), metric(30, 2)
+    factors = dense_sparse(weight, atoms=6, nonzeros=6, transposed=transposed, inputs=inputs, outputs=outputs)
+    best = float(rank_errors(weight, inputs=inputs, outputs=outputs)[6])
+    assert error(weight, factors, inputs, outputs) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_each_metric_that_is_known_lowers_its_error(transposed: bool, blocks: int):
+    weight, inputs, outputs = noise(48, 24), metric(24, 1), metric(48, 2)
+    shape = {"atoms": 12, "nonzeros": 4, "transposed": transposed, "blocks": blocks}
+    plain = error(weight, dense_sparse(weight, **shape), inputs, outputs)
+    half = error(weight, dense_sparse(weight, inputs=inputs, **shape), inputs, outputs)
+    full = error(weight, dense_sparse(weight, inputs=inputs, outputs=outputs, **shape), inputs, outputs)
+    assert full < half < plain
+
+
+def test_the_seed_decides_everything():
+    weight, inputs, outputs = noise(32, 16), metric(16, 1), metric(32, 2)
+    shape = {"atoms": 8, "nonzeros": 3, "inputs": inputs, "outputs": outputs, "sweeps": 2}
+    state = torch.get_rng_state()
+    first, second, other = (dense_sparse(weight, seed=seed, **shape) for seed in (0, 0, 1))
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.support, second.support)
+    assert not torch.equal(first.basis, other.basis)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"atoms": 4, "nonzeros": 5},
+        {"atoms": 0, "nonzeros": 0},
+        {"atoms": 21, "nonzeros": 2},
+        {"atoms": 4, "nonzeros": 2, "blocks": 5},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(shape: dict[str, int]):
+    with pytest.raises(SettingError, match=r"atoms=|blocks="):
+        dense_sparse(noise(20, 12), **shape)
+
+
+def test_broken_weights_are_refused():
+    weight = noise(6, 4)
+    weight[2, 1] = float("nan")
+    with pytest.raises(BadWeights, match=r"\(6, 4\)"):
+        dense_sparse(weight, atoms=3, nonzeros=1)
+
+
+def test_a_weight_of_zeros_stays_zero():
+    factors = dense_sparse(torch.zeros(10, 6), atoms=4, nonzeros=2, sweeps=2)
+    assert torch.equal(factors.product(), torch.zeros(10, 6))
+
+
+def test_the_input_is_left_alone():
+    weight = noise(20, 12)
+    before = weight.clone()
+    dense_sparse(weight, atoms=5, nonzeros=2, outputs=metric(20, 0), sweeps=1)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees_in_error():
+    weight, inputs, outputs = noise(40, 24), metric(24, 1), metric(40, 2)
+    here = dense_sparse(weight, atoms=8, nonzeros=3, inputs=inputs, outputs=outputs)
+    theirs = [whitener(part.moment.cuda(), damping=0.0) for part in (inputs, outputs)]
+    there = dense_sparse(weight.cuda(), atoms=8, nonzeros=3, inputs=theirs[0], outputs=theirs[1])
+    assert there.values.is_cuda
+    expected = error(weight, here, inputs, outputs)
+    assert metric_error(weight - there.product().cpu(), inputs=inputs, outputs=outputs) == pytest.approx(
+        expected, rel=0.1
+    )

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from stackcomp.ops import int8_linear, int8_weight_linear, quantize_rows
+from stackcomp.ops.quantize import TILE
+
+SHAPES = [(48, 32), (37, 65), (1, 3), (384, 96)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def linear(request):
+    torch.manual_seed(0)
+    rows, cols = request.param
+    return nn.Linear(cols, rows)
+
+
+def torchao(linear, config):
+    """What torchao makes of the layer: its integers, scales and result function."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features).to(linear.weight.dtype))
+    model[0].load_state_dict(linear.state_dict())
+    quantization.quantize_(model, getattr(quantization, config)())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("config", "product"),
+    [("Int8WeightOnlyConfig", int8_weight_linear), ("Int8DynamicActivationInt8WeightConfig", int8_linear)],
+)
+def test_bit_for_bit_as_torchao(linear, config, product, dtype):
+    linear = linear.to(dtype)
+    theirs = torchao(linear, config)
+    q, scales = quantize_rows(linear.weight.detach())
+    assert torch.equal(q, theirs[0].weight.qdata)
+    assert torch.equal(scales, theirs[0].weight.scale.flatten())
+    x = 3 * torch.randn(5, 7, linear.in_features, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal((product(x, q, scales) + linear.bias).to(dtype), theirs(x))
+
+
+def test_rounding_error_is_at_most_half_a_step():
+    weight = torch.randn(20, 30)
+    q, scales = quantize_rows(weight)
+    error = (q * scales[:, None] - weight).abs() / scales[:, None]
+    assert error.max() <= 0.501 + (error > 0.501).logical_and(q == 127).any() * 0.5  # the largest one is clamped
+
+
+def test_a_row_of_zeros_stays_zero():
+    q, scales = quantize_rows(torch.zeros(2, 4))
+    assert not q.any()
+    assert (scales > 0).all()
+
+
+def test_scales_rounded_to_another_dtype_are_the_ones_used():
+    weight = torch.randn(6, 50)
+    q, scales = quantize_rows(weight, torch.bfloat16)
+    assert scales.dtype == torch.bfloat16
+    expected = torch.round(weight * (1 / scales.float())[:, None]).clamp(-128, 127)
+    assert torch.equal(q.float(), expected)
+
+
+def test_a_tokens_result_does_not_depend_on_the_others():
+    q, scales = quantize_rows(torch.randn(9, 16))
+    x = torch.randn(2 * TILE + 3, 16)
+    together = int8_linear(x, q, scales)
+    assert torch.equal(together[TILE + 1], int8_linear(x[TILE + 1 : TILE + 2], q, scales)[0])
+    assert torch.equal(together, int8_linear(x.flip(0), q, scales).flip(0))
+
+
+def test_integers_are_summed_exactly():
+    q = torch.randint(-128, 128, (7, 3000), dtype=torch.int8)
+    x = torch.randint(-127, 128, (5, 3000)).float()
+    x[:, 0] = 127.5  # makes the step 1
+    rounded = x.clamp(max=127)
+    expected = (rounded.double() @ q.double().t()).float()
+    assert torch.equal(int8_linear(x, q, torch.ones(7)), expected)
+
+
+def test_gradients_are_those_of_the_product_without_rounding():
+    q, scales = quantize_rows(torch.randn(9, 16))
+    scales.requires_grad_()
+    x = torch.randn(3, 4, 16, requires_grad=True)
+    grad = torch.randn(3, 4, 9)
+    int8_linear(x, q, scales).backward(grad)
+    assert torch.allclose(x.grad, grad @ (q * scales[:, None]).detach(), atol=1e-5)
+    steps = x.detach().abs().amax(-1, keepdim=True) / 127.5
+    rounded = torch.round(x.detach() / steps).clamp(-128, 127) * steps
+    assert torch.allclose(scales.grad, (grad * (rounded @ q.float().t())).sum((0, 1)), rtol=1e-4, atol=1e-3)
+
+
+def test_weight_only_gradients():
+    q, scales = quantize_rows(torch.randn(4, 6).double().float())
+    x = torch.randn(3, 6, requires_grad=True)
+    scales.requires_grad_()
+    grad = torch.randn(3, 4)
+    int8_weight_linear(x, q, scales).backward(grad)
+    assert torch.allclose(x.grad, grad @ (q * scales[:, None]).detach(), atol=1e-5)
+    assert torch.allclose(scales.grad, (grad * (x.detach() @ q.float().t())).sum(0), rtol=1e-4, atol=1e-4)

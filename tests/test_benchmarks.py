@@ -1,0 +1,255 @@
+"""The commands behind the numbers: rows, options, and a small run of each study."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+import stackcomp as sc
+from benchmarks import command, kill, pictures, quickstart, reload, stsb, tables
+from benchmarks.rows import Rows, stamp
+from stackcomp.core import headers
+from stackcomp.core.errors import OutputInUse
+from stackcomp.core.ledger import Ledger
+from tests import toys
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return Rows(name="mine", folder=tmp_path / "results")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A toy classifier with its tokenizer, as a folder."""
+    toys.bert_classifier().save_pretrained(tmp_path / "model")
+    toys.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def pairs():
+    """Pairs of toy sentences with a number."""
+    texts = [row["text"] for row in toys.sentences(24)]
+    rows = [
+        {"sentence1": first, "sentence2": second, "label": float(index % 5)}
+        for index, (first, second) in enumerate(zip(texts, reversed(texts), strict=True))
+    ]
+    return sc.tasks.similarity({"train": rows, "test": rows})
+
+
+# rows
+
+
+def test_a_row_is_added_once_a_key_and_read_back_in_order(rows):
+    assert rows.read() == []
+    for value, key in enumerate(["b", "a", "b"]):
+        rows.add({"key": key, "value": value})
+    assert rows.read() == [{"key": "b", "value": 2}, {"key": "a", "value": 1}]
+    assert [path.name for path in rows.folder.iterdir()] == ["mine.jsonl"]
+
+
+def test_has_compares_what_would_run_again(rows):
+    rows.add({"key": "a", "seed": 0})
+    assert rows.has("a")
+    assert rows.has("a", seed=0)
+    assert not rows.has("a", seed=1)
+    assert not rows.has("b")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"value": 1}', "3"])
+def test_a_damaged_line_is_named(rows, line):
+    rows.add({"key": "a"})
+    rows.path.write_text(rows.path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        rows.read()
+
+
+def test_a_failed_write_leaves_the_old_rows(rows, monkeypatch):
+    rows.add({"key": "a"})
+    with pytest.raises(TypeError):
+        rows.add({"key": "b", "value": object()})
+    assert rows.read() == [{"key": "a"}]
+
+
+def test_a_stamp_says_what_was_run_on_what():
+    found = stamp(sc.Pipeline(sc.Int8Weights()), 3)
+    assert found["declaration"] == "Pipeline(Int8Weights())"
+    assert found["seed"] == 3
+    assert {"python", "stackcomp", "torch", "transformers"} <= found["versions"].keys()
+    assert found["machine"]["threads"] >= 1
+    assert json.loads(json.dumps(found)) == found
+
+
+# commands
+
+
+@pytest.mark.parametrize("name", ["stsb", "quickstart", "reload", "kill", "report"])
+def test_help(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
+        cwd=command.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m benchmarks.{name}" in done.stdout
+
+
+def test_two_runs_of_one_study_do_not_mix(tmp_path):
+    options = argparse.Namespace(out=tmp_path / "out", results=tmp_path)
+    with command.study("mine", options), pytest.raises(OutputInUse), command.study("mine", options):
+        pass
+
+
+# studies
+
+
+def test_stsb_on_a_toy_resumes_from_its_rows(rows, model, tmp_path, capsys):
+    def run(**settings):
+        stsb.run(
+            toys.make("bert"),
+            pairs(),
+            toys.tokenizer(),
+            rows,
+            out=tmp_path / "run",
+            ratios=[1.5],
+            **settings,
+        )
+
+    run()
+    found = {(row["method"], row["int8"]): row for row in rows.read()}
+    assert len(found) == len(rows.read()) == 5
+    assert found["DenseSparse", True]["layer_bytes"] < found["DenseSparse", False]["layer_bytes"]
+    for row in rows.read():
+        assert row["size_bytes"] == sum(row["components"].values())
+    before = rows.path.read_text()
+    capsys.readouterr()
+    run()
+    assert rows.path.read_text() == before
+    assert capsys.readouterr().out.count("there already") == 2
+    assert "1.5x | dense-sparse" in tables.stsb(rows.read())
+    assert "</svg>" in pictures.stsb(rows.read())
+
+
+PASSES = (sc.MagnitudePrune(only="encoder.layer.*"), sc.Int8Weights(only=("encoder.layer.*", "pooler.dense")))
+
+
+def test_only_legal_orders_are_run_and_the_declared_one_is_among_them(model):
+    found = quickstart.pipelines(PASSES, model)
+    assert [role for role, _ in found].count("declared") == 1
+    assert [role for role, _ in found].count("alone") == 2
+    assert [role for role, _ in found].count("other order") == 0
+    three = quickstart.pipelines((*PASSES, sc.Distill(steps=1)), model)
+    assert [role for role, _ in three].count("other order") == 2
+    for _, pipeline in three:
+        sc.check(pipeline, str(model))
+
+
+def test_quickstart_on_a_toy(rows, model, tmp_path):
+    from stackcomp.manager import Measuring
+
+    def run():
+        quickstart.run(
+            model,
+            PASSES,
+            toys.classification_task(),
+            rows,
+            out=tmp_path / "run",
+            measuring=Measuring(latency_repeats=1, latency_batch=1, latency_length=4),
+        )
+
+    run()
+    assert [row["role"] for row in rows.read()] == ["alone", "declared", "alone"]
+    plan = headers.plan_of(model)
+    for row in rows.read():
+        ledger = Ledger.from_json(row["ledger"])
+        touched = {
+            id_
+            for step in sc.parse(row["declaration"])
+            for id_ in plan.select(only=step.only, skip=step.skip)
+        }
+        expected = sum(4 * plan[id_].rows * plan[id_].cols for id_ in touched)
+        assert ledger.rows[0].layer_bytes == expected, row["key"]
+    (_, declared), *_ = tables.ledgers(rows.read(), "declared")
+    assert "**MagnitudePrune → Int8Weights**" in tables.quickstart(rows.read())
+    assert "MagnitudePrune" in tables.brought(declared)
+    drawn = pictures.terminal(declared, "make demo")
+    assert "url(" not in drawn.replace("url(#", "")
+    before = rows.path.read_text()
+    run()
+    assert rows.path.read_text() == before
+
+
+def test_reload_tells_same_bits_from_others(rows, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(reload.small, "TEXTS", toys.SENTENCES[:2])
+    row = reload.judge(
+        "Int8Weights", sc.Pipeline(*PASSES), model, toys.classification_task(), tmp_path / "judged", seed=0
+    )
+    assert reload.fine(row)
+    assert not reload.fine({**row, "auto_identical": False})
+    assert not reload.fine({**row, "file_bytes": row["file_bytes"] + 1})
+    rows.add(row)
+    assert "| `Int8Weights` | yes | yes |" in tables.reload(rows.read())
+
+
+def test_reload_covers_every_registered_pass_and_the_stack():
+    from stackcomp.passes import registered
+
+    found = dict(reload.pipelines())
+    assert found.keys() == {*registered(), "quickstart"}
+    for pipeline in found.values():
+        assert all(step.steps == 3 for step in pipeline if step.contract.trains)
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+out = Path(sys.argv[2])
+(out / "steps" / "00-dense").mkdir(parents=True, exist_ok=True)
+again = (out / "run.json").exists()
+(out / "run.json").touch()
+time.sleep(0.3)
+(out / "model.safetensors").write_text("weights" if not again or {same} else "other weights")
+"""
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_kill_tells_same_bytes_from_others(same, rows, tmp_path, monkeypatch, capsys):
+    """A process that only pretends to compress: the study must see when resuming changes what comes out."""
+    monkeypatch.setattr(kill, "WORK", WORK.format(same=same))
+    assert kill.run(tmp_path, rows, out=tmp_path, points=2) == (0 if same else 2)
+    whole, *points = rows.read()
+    assert (whole["key"], len(points)) == ("whole", 2)
+    for row in points:
+        assert (row["killed"], row["last_step"], row["resumed_status"]) == (True, "00-dense", 0)
+        assert row["identical"] is same
+    capsys.readouterr()
+    kill.run(tmp_path, rows, out=tmp_path, points=2)
+    assert capsys.readouterr().out.count("there already") == 2
+
+
+def test_kill_says_why_the_uninterrupted_run_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill, "WORK", "raise SystemExit('no luck')")
+    with pytest.raises(RuntimeError, match="no luck"):
+        kill.whole(tmp_path, tmp_path / "whole", 0)
+
+
+def test_tables_say_so_where_nothing_has_run():
+    for make in (tables.stsb, tables.quickstart, tables.reload, tables.kill, tables.kill_in_words):
+        assert make([]).startswith("Not run yet: `python -m benchmarks.")
+
+
+def test_tables_do_not_hide_a_difference():
+    common = {"machine": {"threads": 1, "processor": "p"}, "versions": {"torch": "2", "transformers": "5"}}
+    common |= {"date": "2026-01-01", "seed": 0}
+    point = {"after_seconds": 1.0, "killed": True, "last_step": "00-dense", **common}
+    rows = [
+        {"key": "whole", "seconds": 9.0, **common},
+        {"key": "point 1", "identical": True, **point},
+        {"key": "point 2", "identical": False, **point},
+    ]
+    assert "1 of 2 weights files" in tables.kill(rows)
+    assert "**no**" in tables.kill(rows)
