@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
-_STYLES = {"DenseSparse": ("dense-sparse", BLUE, "o"), "LowRank": ("low rank", ORANGE, "s")}
+_STYLES = {  # name, colour, marker
+    ("DenseSparse", False): ("dense-sparse", BLUE, "o"),
+    ("DenseSparse", True): ("dense-sparse, then int8", BLUE, "o"),
+    ("LowRank", False): ("low rank", ORANGE, "s"),
+    ("LowRank", True): ("low rank, then int8", ORANGE, "s"),
+    ("Int8Weights", True): ("int8 alone", "0.2", "D"),
+}
 
 
 def stsb(rows: Sequence[Row]) -> str:
@@ -38,9 +44,10 @@ def stsb(rows: Sequence[Row]) -> str:
         low, high = dense["score"] - dense["noise"], dense["score"] + dense["noise"]
         axes.axhspan(low, high, color="0.9", linewidth=0, label="noise of the dense score (95%)")
         axes.axhline(dense["score"], color="0.35", linewidth=1.5, label=f"dense, {dense['score']:.2f}")
-        for method in _STYLES:
+        for method in ("DenseSparse", "LowRank"):
             for int8 in (False, True):
                 _curve(axes, rows, method, int8)
+        _curve(axes, rows, "Int8Weights", True)
         axes.set_xscale("log")
         reached = max(row["layer_compression"] or 1 for row in rows)
         ticks = [tick for tick in (1.5, 2, 3, 4, 6, 8, 12, 16, 24) if tick <= reached * 1.3]
@@ -59,7 +66,7 @@ def stsb(rows: Sequence[Row]) -> str:
 
 
 def _curve(axes: "Axes", rows: Sequence[Row], method: str, int8: bool) -> None:
-    name, colour, marker = _STYLES[method]
+    name, colour, marker = _STYLES[method, int8]
     points = sorted(
         (row["layer_compression"], row["score"])
         for row in rows
@@ -75,7 +82,7 @@ def _curve(axes: "Axes", rows: Sequence[Row], method: str, int8: bool) -> None:
         linewidth=2.2,
         linestyle="--" if int8 else "-",
         markerfacecolor="white" if int8 else colour,
-        label=f"{name}{', then int8' if int8 else ''}",
+        label=name,
     )
 
 

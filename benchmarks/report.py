@@ -11,6 +11,7 @@ import argparse
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,14 @@ def refusal(file: str = "pipelines/refused.py") -> str:
     )
     if done.returncode != 2:
         raise RuntimeError(f"{file} was not refused (status {done.returncode}): {done.stdout}{done.stderr}")
-    return f"```text\n$ stackcomp check {file}\n{done.stderr.rstrip()}\n```"
+    lines = [part for line in done.stderr.splitlines() for part in _wrapped(line)]
+    return "\n".join(["```text", f"$ stackcomp check {file}", *lines, "```"])
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line as a terminal of 100 columns breaks it, at spaces."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 PICTURES = {

@@ -50,7 +50,7 @@ def stsb(rows: Sequence[Row]) -> str:
         return not_run("stsb")
     found = {(row["ratio"], row["method"], row["int8"]): row for row in rows}
     cells = []
-    for ratio, method in sorted({(row["ratio"], row["method"]) for row in rows if row is not dense}):
+    for ratio, method in sorted({(row["ratio"], row["method"]) for row in rows}):
         plain, rounded = found.get((ratio, method, False)), found.get((ratio, method, True))
         if plain and rounded:
             cells.append([f"{ratio:g}x", _spoken(method), *_side(plain), *_side(rounded)])
@@ -66,7 +66,7 @@ def stsb(rows: Sequence[Row]) -> str:
     ]
     whole = plus_minus(dense["score"], dense["noise"])
     start = f"As it came: {whole} ({dense['examples']} pairs, Spearman x 100), {dense['size_bytes'] / 1e6:.1f} MB."
-    words = [*_against_low_rank(found), *_int8_change(found)]
+    words = [*_int8_alone(found), *_against_low_rank(found), *_int8_change(found)]
     return "\n\n".join([start, table(titles, cells, left=2), *words, made_by("stsb", rows)])
 
 
@@ -76,6 +76,17 @@ def _spoken(method: str) -> str:
 
 def _side(row: Row) -> list[str]:
     return [f"{row['score']:.2f}", f"{row['layer_compression']:.2f}x", f"{row['compression']:.2f}x"]
+
+
+def _int8_alone(found: dict[Any, Row]) -> list[str]:
+    """The rival in bytes."""
+    alone = found.get((1.0, "Int8Weights", True))
+    if alone is None:
+        return []
+    return [
+        f"Int8 alone, without a factorization: {alone['score']:.2f} at {alone['layer_compression']:.2f}x of the encoder and "
+        f"{alone['compression']:.2f}x of the file. A factorization in floating point has to be read beside it."
+    ]
 
 
 def _against_low_rank(found: dict[Any, Row]) -> list[str]:

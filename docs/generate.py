@@ -61,7 +61,6 @@ def quickstart() -> str:
         f"```python\nimport stackcomp as sc\n\npipeline = {_as_written(row)}\nsc.check(pipeline)\n```",
         "`check` has judged the order before a weight is read. `run` then leaves one row a pass:",
         picture("quickstart", 1),
-        tables.ledger(ledger),
         "## What each pass brought",
         tables.brought(ledger),
         "A recovery pass saves no bytes: it gives score back. A rounding pass gives bytes. Compare both columns with "
@@ -103,7 +102,7 @@ def passes() -> str:
     parts = [
         "# Passes",
         "From the registry. Every setting has a default and is given by name. These two, all passes have:",
-        inspect.cleandoc(Pass.__doc__ or "").split("\n\n")[1],
+        _settings_marked(inspect.cleandoc(Pass.__doc__ or "").split("\n\n")[1], Pass),
     ]
     for name, cls in registered().items():
         default = cls()
@@ -114,12 +113,23 @@ def passes() -> str:
         above = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
         parts += [
             f"## {name}",
-            *(inspect.cleandoc(part.__doc__ or "") for part in (cls, *above)),
+            *(_settings_marked(inspect.cleandoc(part.__doc__ or ""), cls) for part in (cls, *above)),
             tables.table(["setting", "type", "default"], cells, left=3),
             f"Contract: {default.contract or 'asks nothing and keeps every fact'}.",
             f"Paper: {cls.paper}. Source: `{cls.__module__}`.",
         ]
     return "\n\n".join(parts)
+
+
+def _settings_marked(text: str, cls: type[Pass]) -> str:
+    """A docstring in which the settings that it explains (`only, skip: ...`) stand out."""
+    names = {field.name for field in fields(cls)}
+
+    def marked(found: re.Match[str]) -> str:
+        listed = found[1].split(", ")
+        return ", ".join(f"**`{name}`**" for name in listed) + ":" if names.issuperset(listed) else found[0]
+
+    return re.sub(r"\b(\w+(?:, \w+)*):", marked, text)
 
 
 def _type(annotation: object) -> str:

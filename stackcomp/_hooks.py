@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-WATCHED = "transformers.quantizers.auto"  # where methods are registered; every road to `from_pretrained` imports it
+WATCHED = (
+    "transformers.quantizers.auto"  # where methods are registered; every road to `from_pretrained` imports it
+)
 
 
 def on_transformers_import() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: one folder that `transformers` understands, plus recipe, ledger and a manifest of checksums.
 
-A folder is written beside its place and renamed into it, so it is whole or absent. Weights are one safetensors file; nothing is pickled.
+A folder is written beside its place and renamed into it, so it is whole or absent. Weights are one
+safetensors file; nothing is pickled.
 """
 
 import json
@@ -36,10 +37,12 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     ledger: Mapping[str, Any] | Callable[[Sizes], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write `model` to a new folder: config, weights, tokenizer, `recipe.json`, `ledger.json`, and the manifest last.
+    """Write `model` to a new folder: config, weights, tokenizer, `recipe.json`, `ledger.json`, and the
+    manifest last.
 
-    A `ledger` that depends on the sizes of the weights file is given as a function of its `components`. Raises OutputInUse when the folder
-    exists and is not empty; whatever fails (a full disk), nothing is left behind.
+    A `ledger` that depends on the sizes of the weights file is given as a function of its `components`.
+    Raises OutputInUse when the folder exists and is not empty; whatever fails (a full disk), nothing is left
+    behind.
     """
     from stackcomp import __version__
 
@@ -57,8 +60,9 @@ def save(
 def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTrainedModel":
     """The model in `directory`, verified, in evaluation mode.
 
-    auto_class: a class, or the name of one, such as `AutoModel`; by default the class that was saved. Raises CheckpointError when the folder
-    is cut short, altered or of a newer version, and when the class needs a tensor that is not there.
+    auto_class: a class, or the name of one, such as `AutoModel`; by default the class that was saved. Raises
+    CheckpointError when the folder is cut short, altered or of a newer version, and when the class needs a
+    tensor that is not there.
     """
     import transformers
 
@@ -68,7 +72,9 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
     wanted = saved if auto_class is None else auto_class
     cls = getattr(transformers, wanted, None) if isinstance(wanted, str) else wanted
     if cls is None:
-        raise UnsupportedModel(f"{directory}: transformers has no class {wanted!r}; give load(..., auto_class=...)")
+        raise UnsupportedModel(
+            f"{directory}: transformers has no class {wanted!r}; give load(..., auto_class=...)"
+        )
     model, report = cls.from_pretrained(directory, output_loading_info=True)
     problems = {
         "missing": sorted(report["missing_keys"]),
@@ -78,7 +84,8 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
     for problem, names in problems.items():
         if names:
             raise CheckpointError(
-                f"{directory}: {len(names)} tensors are {problem} for {type(model).__name__} ({', '.join(names[:3])}, ...): load it as {saved}"
+                f"{directory}: {len(names)} tensors are {problem} for {type(model).__name__} "
+                f"({', '.join(names[:3])}, ...): load it as {saved}"
             )
     return model
 
@@ -90,7 +97,9 @@ def verify(directory: str | Path) -> None:
     for name in (RECIPE, LEDGER):
         found = json.loads((folder / name).read_text("utf8")).get("format")
         if found != FORMAT:
-            raise CheckpointError(f"{folder / name}: format {found!r}, this version reads {FORMAT}: install a newer stackcomp")
+            raise CheckpointError(
+                f"{folder / name}: format {found!r}, this version reads {FORMAT}: install a newer stackcomp"
+            )
 
 
 def is_ours(directory: str | Path) -> bool:
@@ -121,8 +130,9 @@ def publish(source: str | Path, directory: str | Path, *, ledger: Mapping[str, A
 def components(path: str | Path) -> Sizes:
     """Bytes of the weights file by component; they sum to its length.
 
-    path: the file, or the folder that holds it; config.json beside it says what is compressed. `values`, `indices` and `scales` are those of
-    compressed linear layers; `embeddings` whatever embeddings take, compressed or not; `dense` the rest.
+    path: the file, or the folder that holds it; config.json beside it says what is compressed. `values`,
+    `indices` and `scales` are those of compressed linear layers; `embeddings` whatever embeddings take,
+    compressed or not; `dense` the rest.
     """
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     header, header_bytes = read_header(file)

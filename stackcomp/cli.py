@@ -7,8 +7,8 @@ disk), 130 when interrupted. Results go to standard output, messages to standard
 
 import argparse
 import errno
+import importlib.util
 import json
-import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -191,7 +191,13 @@ def read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PipelineFileError(f"{path} is no file: give a Python file that defines `pipeline`")
     try:
-        return runpy.run_path(str(path))
+        spec = importlib.util.spec_from_file_location(f"stackcomp_file_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise PipelineFileError(f"{path} is no Python file: its name must end in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where a pass that the file defines is looked up
+        spec.loader.exec_module(module)
+        return vars(module)
     except StackcompError:
         raise
     except (Exception, SystemExit) as error:

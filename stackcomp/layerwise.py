@@ -1,8 +1,10 @@
 """Post-training factorization, layer by layer: calibrate once, price every layer, split one budget, rebuild.
 
-    text -> moments of inputs and of gradients -> candidates (bytes, error) of each layer -> allocation -> factors
+    text -> moments of inputs and of gradients -> candidates (bytes, error) of each layer -> allocation ->
+    factors
 
-What a pass adds is how a layer is priced and how it is built; the flow, and with it the fairness between methods, is shared.
+What a pass adds is how a layer is priced and how it is built; the flow, and with it the fairness between
+methods, is shared.
 """
 
 from abc import abstractmethod
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of the gradients flowing back.
+    """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of
+    the gradients flowing back.
 
     size_bytes: of the dense weight; value_bytes: of one value.
     """
@@ -45,7 +48,8 @@ class Layer:
 
     @property
     def scale(self) -> float:
-        """What errors are divided by to compare layers: 1 where the metric reaches to the model's output, else the layer's own energy."""
+        """What errors are divided by to compare layers: 1 where the metric reaches to the model's output,
+        else the layer's own energy."""
         if self.outputs is not None:
             return 1.0
         return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
@@ -55,10 +59,10 @@ class Layer:
 class FactorizingPass(Pass):
     """A pass that replaces weights by factors under one budget for all of them.
 
-    ratio: dense bytes / stored bytes of all selected weights together, indices counted, at least 1, where 1 does nothing;
-    data_aware: minimise the error of each layer's outputs on calibration text rather than that of its weights; sensitivity: weigh these
-    outputs by what the model's own output makes of them; samples: calibration texts; damping: share of the mean diagonal that is added
-    to a moment of inputs.
+    ratio: dense bytes / stored bytes of all selected weights together, indices counted, at least 1, where 1
+    does nothing; data_aware: minimise the error of each layer's outputs on calibration text rather than that
+    of its weights; sensitivity: weigh these outputs by what the model's own output makes of them; samples:
+    calibration texts; damping: share of the mean diagonal that is added to a moment of inputs.
     """
 
     ratio: float = 2.0
@@ -132,7 +136,8 @@ class FactorizingPass(Pass):
     def _layers(
         self, model: "torch.nn.Module", context: "Context"
     ) -> "tuple[dict[str, Layer], dict[str, torch.Tensor]]":
-        """The selected weights with their metrics, and the mean input of those whose bias can take up a mean error."""
+        """The selected weights with their metrics, and the mean input of those whose bias can take up a mean
+        error."""
         import torch
 
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
@@ -143,7 +148,9 @@ class FactorizingPass(Pass):
             assert context.calibration is not None
             assert context.tokenizer is not None
             length = context.task.max_length if context.task is not None else 128
-            text = data.Calibration(context.calibration(self.samples)[: self.samples], context.tokenizer, max_length=length)
+            text = data.Calibration(
+                context.calibration(self.samples)[: self.samples], context.tokenizer, max_length=length
+            )
             moments = text.second_moments(model, modules, progress=context.progress)
             if self.sensitivity:
                 gradients = data.gradient_moments(

@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ def pages():
 
 
 def blocks():
-    """Every Python block of every page."""
-    for name, text in pages():
-        for number, found in enumerate(PYTHON.findall(text), 1):
-            yield pytest.param(found, id=f"{name}-{number}")
+    """Every Python block of the pages written by hand."""
+    return [
+        pytest.param(found, id=f"{path.name}-{number}")
+        for path in HAND_WRITTEN
+        for number, found in enumerate(PYTHON.findall(path.read_text("utf8")), 1)
+    ]
 
 
 @pytest.fixture
@@ -56,6 +59,17 @@ def small_world(monkeypatch, tmp_path):
 @pytest.mark.parametrize("code", blocks())
 @pytest.mark.usefixtures("small_world")
 def test_python_blocks_run(code):
+    run(code)
+
+
+@pytest.mark.parametrize("page", GENERATE["PAGES"])
+@pytest.mark.usefixtures("small_world")
+def test_python_blocks_of_generated_pages_run(page):
+    for code in PYTHON.findall(GENERATE["PAGES"][page][1]()):
+        run(code)
+
+
+def run(code):
     exec(compile(code, "block", "exec"), {"__name__": "block"})
 
 
@@ -141,7 +155,7 @@ def test_the_page_of_passes_lists_every_setting():
     text = GENERATE["passes"]()
     for name, cls in registered().items():
         section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
-        assert all(f"| `{field}` |" in section for field in cls.__dataclass_fields__)
+        assert all(f"| `{field.name}` |" in section for field in fields(cls))
         assert cls.paper in section
 
 

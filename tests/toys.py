@@ -46,7 +46,12 @@ def _config(family: str, **settings) -> transformers.PretrainedConfig:
             ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": PAD}
             return transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **ids, **settings)
         case "llama":
-            sizes = {"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 3}
+            sizes = {
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+                "bos_token_id": 2,
+                "eos_token_id": 3,
+            }
             return transformers.LlamaConfig(**_ENCODER, **sizes, **settings)
     raise ValueError(family)
 
@@ -125,9 +130,11 @@ def sentences(count: int, first: int = 0) -> list[dict]:
     return found
 
 
-def classification_task() -> Task:
-    """Kind or unkind, 48 sentences to train on and 16 to score."""
+def classification_task(*, labelled: bool = True) -> Task:
+    """Kind or unkind, 48 sentences to train on and 16 to score; without labels where these are asked to be missing."""
     splits = {"train": sentences(48), "selection": sentences(16, 48), "test": sentences(16, 64)}
+    if not labelled:  # as the test splits of GLUE come from the hub
+        splits = {split: [row | {"label": -1} for row in rows] for split, rows in splits.items()}
     return tasks.classification(splits, name="toy", selection="selection", test="test", max_length=16)
 
 

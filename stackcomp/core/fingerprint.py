@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -70,10 +71,13 @@ def _file(name: str) -> Path | None:
     """The source file of a module or package; None when there is none. Imports nothing but looks up the top
     package."""
     top, _, rest = name.partition(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None or spec.origin is None:
+    origin = getattr(sys.modules.get(top), "__file__", None)  # a script has no spec
+    if origin is None:
+        spec = importlib.util.find_spec(top) if top not in sys.modules else None
+        origin = spec.origin if spec is not None else None
+    if origin is None:
         return None
-    base = Path(spec.origin) if not rest else Path(spec.origin).parent.joinpath(*rest.split("."))
+    base = Path(origin) if not rest else Path(origin).parent.joinpath(*rest.split("."))
     candidates = [base] if not rest else [base / "__init__.py", base.with_name(f"{base.name}.py")]
     return next((path for path in candidates if path.is_file()), None)
 

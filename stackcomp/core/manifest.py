@@ -1,10 +1,12 @@
-"""The manifest of a checkpoint folder: every file with its length and SHA-256, so that a cut or altered one is refused."""
+"""The manifest of a checkpoint folder: every file with its length and SHA-256, so that a cut or altered one
+is refused.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stackcomp.core.errors import CheckpointError
 
@@ -24,29 +26,34 @@ def describe(directory: Path, names: Iterable[str], version: str) -> dict[str, A
     return {
         "format": FORMAT,
         "stackcomp": version,
-        "files": {name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()},
+        "files": {
+            name: {"bytes": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()
+        },
     }
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest in `directory`. Raises CheckpointError when there is none, it is damaged, or its format is another."""
+    """The manifest in `directory`. Raises CheckpointError when there is none, it is damaged, or its format is
+    another.
+    """
     path = directory / NAME
     try:
-        manifest = json.loads(path.read_text("utf8"))
+        manifest: Any = json.loads(path.read_text("utf8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {NAME}, so it is no checkpoint of stackcomp, or half of one"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); copy or save the checkpoint again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    content = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}
+    if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {found!r}, this version reads {FORMAT}: install a newer stackcomp, or save it again"
+            f"{path}: format {content.get('format')!r}, this version reads {FORMAT}: install a newer stackcomp, "
+            "or save it again"
         )
-    if not isinstance(manifest.get("files"), dict):
+    if not isinstance(content.get("files"), dict):
         raise CheckpointError(f"{path}: damaged (it lists no files); copy or save the checkpoint again")
-    return manifest
+    return content
 
 
 def check(directory: Path) -> None:
@@ -56,7 +63,9 @@ def check(directory: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """The same for one file of a folder, when the folder has a manifest; without one there is nothing to compare."""
+    """The same for one file of a folder, when the folder has a manifest; without one there is nothing to
+    compare.
+    """
     if (path.parent / NAME).is_file():
         files = read(path.parent)["files"]
         if path.name not in files:

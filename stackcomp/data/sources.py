@@ -59,8 +59,8 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One data file inside an installed Python package (which is found, not imported), read as the split "
-    ""train".
+    """One data file inside an installed Python package (which is found, not imported), read as
+    the split "train".
 
     `where` keeps the rows whose columns have the given values.
     """
@@ -73,8 +73,8 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows given in memory: column names, and for each split its rows as tuples. `rows(...)` builds one "
-    "from dictionaries."""
+    """Rows given in memory: column names, and for each split its rows as tuples. `rows(...)` builds one
+    from dictionaries."""
 
     columns: tuple[str, ...]
     splits: tuple[tuple[str, tuple[tuple[Any, ...], ...]], ...]
@@ -110,8 +110,8 @@ def files(splits: Mapping[str, str | Path]) -> Files:
 
 
 def as_source(source: "Source | str | Path | Mapping[str, Any]", config: str | None = None) -> Source:
-    """Accept what people have at hand: a source, a hub name, a file, or a mapping of splits to files or "
-    "to rows."""
+    """Accept what people have at hand: a source, a hub name, a file, or a mapping of splits to files or
+    to rows."""
     if isinstance(source, Hub | Files | Package | Rows):
         return source
     if isinstance(source, Mapping):

@@ -93,8 +93,8 @@ class Task:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes in order of their numbers; read from the training split where the task "
-        "does not declare them."""
+        """Names of the classes in order of their numbers; read from the training split where the task
+        does not declare them."""
         if self.kind != "classification":
             return ()
         if self.labels is not None:
@@ -114,13 +114,13 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: classes, 1 for regression, 0 where there is no head of the task's "
-        "own."""
+        """Outputs of the model's head: classes, 1 for regression, 0 where there is no head of the task's
+        own."""
         return {"classification": len(self.label_names), "regression": 1}.get(self.kind, 0)
 
     def dataset(self, split: str) -> "Dataset":
-        """Rows of "train", "selection" or "test". Raises `DataError` for an unknown, missing or empty "
-        "split or a missing column."""
+        """Rows of "train", "selection" or "test". Raises `DataError` for an unknown, missing or empty
+        split or a missing column."""
         if split not in ROLES:
             raise DataError(f"task {self.name!r}: split {split!r} is not one of {', '.join(ROLES)}")
         loaded = load_splits(self.source)
@@ -139,8 +139,8 @@ class Task:
         return part
 
     def texts(self, split: str = "train", limit: int | None = None) -> list[str] | list[tuple[str, str]]:
-        """Text alone, without labels, for calibration: strings, or pairs where the model reads both texts "
-        "together."""
+        """Text alone, without labels, for calibration: strings, or pairs where the model reads both texts
+        together."""
         if self.kind == "language_modelling":
             return _subset(
                 [text for text in _column(self.dataset(split), self.text[0]) if text.strip()], limit
@@ -181,9 +181,9 @@ class Task:
         }
         texts = [_column(part, column) for column in self.text]
         if len(texts) == 1 or self.kind == "similarity":
-            columns = _tokens(tokenizer, texts[0], options)
+            columns: dict[str, Any] = _tokens(tokenizer, texts[0], options)
         else:
-            columns = dict(tokenizer(*texts, **options))
+            columns = dict(tokenizer(texts[0], texts[1], **options))
         if len(texts) == 2 and self.kind == "similarity":
             columns |= {f"pair_{key}": value for key, value in _tokens(tokenizer, texts[1], options).items()}
         if labelled:
@@ -191,8 +191,8 @@ class Task:
         return datasets.Dataset.from_dict(columns)
 
     def digest(self) -> str:
-        """SHA-256 of what a run can see of the data: every text and label of every split there is, and "
-        "how they are read."""
+        """SHA-256 of what a run can see of the data: every text and label of every split there is, and
+        how they are read."""
         whole = hashlib.sha256(repr((self.kind, self.metric, self.max_length, self.labels)).encode())
         loaded = load_splits(self.source)
         for split in ROLES:
@@ -334,9 +334,10 @@ class Task:
 
 
 def _column(part: "Dataset", name: str) -> list[Any]:
-    """A whole column as a list; through arrow, since iterating over a carved `Dataset` looks up row after "
-    "row."""
-    return part.with_format("arrow")[:].column(name).to_pylist()
+    """A whole column as a list; through arrow, since iterating over a carved `Dataset` looks up row after
+    row."""
+    table: Any = part.with_format("arrow")[:]
+    return table.column(name).to_pylist()
 
 
 def _tokens(

@@ -86,8 +86,8 @@ def regression(
     test: str | int = "validation",
     max_length: int = 128,
 ) -> Task:
-    """Predict a number from a text or a pair of texts, with a head of one output. Metrics: spearman, "
-    "pearson."""
+    """Predict a number from a text or a pair of texts, with a head of one output. Metrics: spearman,
+    pearson."""
     return Task(
         name=name or _name(source),
         source=as_source(source, config),
@@ -115,8 +115,8 @@ def similarity(
     test: str | int = "test",
     max_length: int = 128,
 ) -> Task:
-    """Compare two texts by the cosine of their embeddings (mean over tokens of the encoder's last hidden "
-    "states): no head, no training."""
+    """Compare two texts by the cosine of their embeddings (mean over tokens of the encoder's last hidden
+    states): no head, no training."""
     return Task(
         name=name or _name(source),
         source=as_source(source, config),
@@ -195,8 +195,8 @@ def glue(
     test: str | int | None = None,
     max_length: int = 128,
 ) -> Task:
-    """A task of GLUE (arXiv 1804.07461). The final split is the validation split, whose labels are public "
-    "(mrpc: test, for the same reason)."""
+    """A task of GLUE (arXiv 1804.07461). The final split is the validation split, whose labels are public
+    (mrpc: test, for the same reason)."""
     if name not in GLUE:
         near = difflib.get_close_matches(name, GLUE, n=1)
         raise SettingError(
@@ -218,8 +218,8 @@ def glue(
 
 
 def stsb(*, test: str | int = "test", selection: str | int = 5000, max_length: int = 128) -> Task:
-    """STS benchmark as embedding similarity, for sentence encoders as they come; test labels are those of "
-    "the MTEB copy."""
+    """STS benchmark as embedding similarity, for sentence encoders as they come; test labels are those of
+    the MTEB copy."""
     source = Hub(path="mteb/stsbenchmark-sts", local="glue/stsb", rename=(("score", "label"),))
     return similarity(source, name="stsb", test=test, selection=selection, max_length=max_length)
 

@@ -1,5 +1,5 @@
-"""What a model takes: bytes of its file by tensor, parameters, operations, time and memory. Units are in "
-"the names."""
+"""What a model takes: bytes of its file by tensor, parameters, operations, time and memory. Units are in
+the names."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ HEADER = "(header)"
 
 
 def bytes_of_file(path: Path | str) -> dict[str, int]:
-    """Bytes of each tensor of a safetensors file, by name, and of its header under "
-    ""(header)"; the sum is the file's length.
+    """Bytes of each tensor of a safetensors file, by name, and of its header
+    under "(header)"; the sum is the file's length.
 
     Reads the header only. Raises `CheckpointError` for a file that is cut short, has bytes no tensor owns,
     or is none of the format.
@@ -52,14 +52,14 @@ def bytes_of_file(path: Path | str) -> dict[str, int]:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers a model learns or learnt: elements of its parameters, a shared one counted once; index and "
-    "scale buffers are not in it."""
+    """Numbers a model learns or learnt: elements of its parameters, a shared one counted once; index and
+    scale buffers are not in it."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def macs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
-    """Multiply-accumulates of the matrix products of one forward pass, as torch's own counter sees them "
-    "(half its FLOPs)."""
+    """Multiply-accumulates of the matrix products of one forward pass, as torch's own counter sees them
+    (half its FLOPs)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return counter.get_total_flops() // 2
@@ -67,8 +67,8 @@ def macs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Median time of a forward pass beside a baseline measured in the same process; ratio = ms / "
-    "baseline_ms, below 1 is faster."""
+    """Median time of a forward pass beside a baseline measured in the same process; ratio = ms /
+    baseline_ms, below 1 is faster."""
 
     ms: float
     baseline_ms: float
@@ -100,7 +100,8 @@ def latency(
         raise SettingError(f"latency: repeats={repeats} must be at least 1")
     device = next(model.parameters()).device
     modes = {module: module.training for part in (model, baseline) for module in part.modules()}
-    model.eval(), baseline.eval()
+    model.eval()
+    baseline.eval()
     times: dict[bool, list[float]] = {False: [], True: []}
     try:
         with torch.inference_mode():

@@ -113,8 +113,8 @@ METRICS: Mapping[str, Callable[..., Array]] = {
 
 
 def score_of(outcomes: Array, metric: str) -> Score:
-    """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed "
-    "0)."""
+    """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed
+    0)."""
     if len(outcomes) == 0:
         raise DataError(f"{metric}: there are no examples to score")
     first, second = outcomes.T
@@ -214,8 +214,8 @@ def evaluate(
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sentence embeddings (texts x width): the mean of the last hidden states over real tokens, in "
-    "float32."""
+    """Sentence embeddings (texts x width): the mean of the last hidden states over real tokens, in
+    float32."""
     hidden = model(**batch).last_hidden_state.float()
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)

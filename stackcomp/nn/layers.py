@@ -1,8 +1,9 @@
 """Compressed layers: an affine map and an embedding whose weight W is stored whole or as two factors.
 
-Letters: W is `rows` x `cols`, output x input features, also where the layer replaced keeps it transposed (GPT-2's `Conv1D`). Factored,
-`W = S D` block by block of columns: S_k (n x b), D_k (b x g), W[:, block k] = S_k D_k; `coefficients` are the S_k side by side (n x blocks*b),
-`basis` the D_k below each other (blocks*b x g). `transposed`: the same of W^T, so n is the input side. t is tokens.
+Letters: W is `rows` x `cols`, output x input features, also where the layer replaced keeps it transposed
+(GPT-2's `Conv1D`). Factored, `W = S D` block by block of columns: S_k (n x b), D_k (b x g), W[:, block k] =
+S_k D_k; `coefficients` are the S_k side by side (n x blocks*b), `basis` the D_k below each other (blocks*b x
+g). `transposed`: the same of W^T, so n is the input side. t is tokens.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ from stackcomp.nn.matrix import StoredMatrix
 class CompressedLayer(nn.Module):
     """What the compressed layers share: matrices `weight`, or `basis` and `coefficients`, as submodules.
 
-    A layer that is not the `owner` of its matrices uses those of another (tied weights): it does not register them, so that a
-    state dict holds every tensor once.
+    A layer that is not the `owner` of its matrices uses those of another (tied weights): it does not register
+    them, so that a state dict holds every tensor once.
     """
 
     def __init__(self, matrices: Mapping[str, StoredMatrix], *, transposed: bool, owner: bool) -> None:
@@ -35,13 +36,16 @@ class CompressedLayer(nn.Module):
                 self.add_module(name, matrix)
 
     def __getattr__(self, name: str) -> Any:
-        """`weight`, where it is no submodule: what code written for the plain layer asks for (its shape, dtype, device)."""
+        """`weight`, where it is no submodule: what code written for the plain layer asks for (its shape,
+        dtype, device).
+        """
         if name != "weight" or not self.matrices:
             return super().__getattr__(name)
         if not self.factored:
             return self.matrices["weight"]
         weight = self.dense().detach()
-        weight._is_hf_initialized = True  # transformers would fill a fresh tensor with random numbers, in vain
+        # transformers would fill a fresh tensor with random numbers, in vain
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
     @property
@@ -140,8 +144,9 @@ class CompressedLinear(CompressedLayer):
         return matrices["coefficients"].project(matrices["basis"].project(x, self.blocks).to(x.dtype))
 
     def _composes(self, x: Tensor) -> bool:
-        """Whether composing W first takes fewer multiplications than going through the factors: a function of shapes alone. Rounded
-        inputs always go through the factors."""
+        """Whether composing W first takes fewer multiplications than going through the factors: a function of
+        shapes alone. Rounded inputs always go through the factors.
+        """
         if any(matrix.dynamic for matrix in self.matrices.values()):
             return False
         tokens = x.numel() // x.shape[-1]

@@ -1,10 +1,11 @@
 """`StoredMatrix`: one matrix as it is saved: values, and where its form has them a support and scales.
 
-Letters: the matrix M has `rows` rows and `cols` columns; t is tokens. A factor of a blocked weight is a stack of `blocks` matrices below
-each other, M_1 ... M_blocks, of rows / blocks rows each.
+Letters: the matrix M has `rows` rows and `cols` columns; t is tokens. A factor of a blocked weight is a stack
+of `blocks` matrices below each other, M_1 ... M_blocks, of rows / blocks rows each.
 
-What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers), `support` (packed bytes; only
-where some entries are not stored) and `scales` (a parameter, so that they stay trainable; only with integers).
+What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers),
+`support` (packed bytes; only where some entries are not stored) and `scales` (a parameter, so that they stay
+trainable; only with integers).
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ GATHER_DENSITY = 0.25  # decoding and a dense product (2 to 5 times at 16 tokens
 
 
 class StoredMatrix(nn.Module):
-    """The matrix that a `MatrixSpec` describes, with its products. Values are uninitialised: `store` fills them."""
+    """The matrix that a `MatrixSpec` describes, with its products. Values are uninitialised: `store` fills
+    them.
+    """
 
     values: Tensor
     support: Tensor | None
@@ -46,9 +49,17 @@ class StoredMatrix(nn.Module):
         self._cached: _Support | None = None
         integers = spec.coding == "int8"
         values = torch.empty(spec.values_shape, dtype=DTYPES[spec.coding], device=device)
-        scales = torch.empty(spec.scale_count, dtype=DTYPES[spec.scale_coding], device=device) if integers else None
-        self.register_buffer("values", values) if integers else self.register_parameter("values", nn.Parameter(values))
-        support = torch.empty(spec.index_bytes, dtype=torch.uint8, device=device) if spec.index_bytes else None
+        scales = (
+            torch.empty(spec.scale_count, dtype=DTYPES[spec.scale_coding], device=device)
+            if integers
+            else None
+        )
+        self.register_buffer("values", values) if integers else self.register_parameter(
+            "values", nn.Parameter(values)
+        )
+        support = (
+            torch.empty(spec.index_bytes, dtype=torch.uint8, device=device) if spec.index_bytes else None
+        )
         self.register_buffer("support", support)
         self.register_parameter("scales", None if scales is None else nn.Parameter(scales))
 
@@ -59,7 +70,9 @@ class StoredMatrix(nn.Module):
         Raises UnsupportedModel for a dtype that is not stored.
         """
         if self.values.dtype not in CODINGS or self.dtype not in CODINGS:
-            raise UnsupportedModel(f"dtype {self.dtype} is not stored: cast the model to float32, bfloat16 or float16")
+            raise UnsupportedModel(
+                f"dtype {self.dtype} is not stored: cast the model to float32, bfloat16 or float16"
+            )
         scale_coding = self._form.scale_coding if self.scales is None else CODINGS[self.scales.dtype]
         return replace(self._form, coding=CODINGS[self.values.dtype], scale_coding=scale_coding)
 
@@ -102,7 +115,7 @@ class StoredMatrix(nn.Module):
         if blocks > 1:
             return self._blockwise(x, blocks, transpose=True)
         if self._rounds(0):
-            return quantize.int8_linear(x, self._spread(), self.scales)
+            return quantize.int8_linear(x, self._spread(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=True)
         if self.scales is not None and self._form.scale_axis == 0:
@@ -114,7 +127,7 @@ class StoredMatrix(nn.Module):
         if blocks > 1:
             return self._blockwise(x, blocks, transpose=False)
         if self._rounds(1):
-            return quantize.int8_linear(x, self._spread().t(), self.scales)
+            return quantize.int8_linear(x, self._spread().t(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=False)
         if self.scales is not None and self._form.scale_axis == 1:
@@ -126,11 +139,15 @@ class StoredMatrix(nn.Module):
         form = self._form
         if self.support is None and self.scales is None:
             return F.embedding(ids, self._spread(), padding)
-        taken = self._spread()[ids] if self.support is None else self._support.take(self.values, ids, form.cols)
+        taken = (
+            self._spread()[ids] if self.support is None else self._support.take(self.values, ids, form.cols)
+        )
         if self.scales is not None:
             scales = self.scales[ids].unsqueeze(-1) if form.scale_axis == 0 else self.scales
             taken = taken.to(scales.dtype) * scales
-        return taken if padding is None else torch.where((ids == padding).unsqueeze(-1), taken.detach(), taken)
+        return (
+            taken if padding is None else torch.where((ids == padding).unsqueeze(-1), taken.detach(), taken)
+        )
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -143,8 +160,16 @@ class StoredMatrix(nn.Module):
                 form = f"{spec.layout.nonzeros} free"
         return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{', dynamic' if spec.dynamic else ''}"
 
+    @property
+    def _steps(self) -> Tensor:
+        """The scales of integers."""
+        assert self.scales is not None
+        return self.scales
+
     def _rounds(self, axis: Literal[0, 1]) -> bool:
-        """Whether a product rounds its inputs: that needs the scales on its output side. (Rows taken by id have no inputs to round.)"""
+        """Whether a product rounds its inputs: that needs the scales on its output side. (Rows taken by id
+        have no inputs to round.)
+        """
         return self._form.dynamic and self._form.scale_axis == axis
 
     def _blockwise(self, x: Tensor, blocks: int, *, transpose: bool) -> Tensor:
@@ -157,10 +182,10 @@ class StoredMatrix(nn.Module):
         stack = self._spread().unflatten(0, (blocks, -1))
         parts = x.unflatten(-1, (blocks, -1)).unbind(-2)
         if transpose:
-            scales = self.scales.unflatten(0, (blocks, -1))
+            scales = self._steps.unflatten(0, (blocks, -1))
             products = [quantize.int8_linear(parts[k], stack[k], scales[k]) for k in range(blocks)]
         else:
-            products = [quantize.int8_linear(parts[k], stack[k].t(), self.scales) for k in range(blocks)]
+            products = [quantize.int8_linear(parts[k], stack[k].t(), self._steps) for k in range(blocks)]
         return torch.cat(products, dim=-1)
 
     def _spread(self) -> Tensor:
@@ -171,16 +196,29 @@ class StoredMatrix(nn.Module):
         return matrix.scatter(0, self._support.flat, self.values.flatten()).view(self.shape)
 
     def _gathers(self, x: Tensor) -> bool:
-        """Whether a product gathers the stored entries instead of decoding the matrix: a function of shapes, dtypes and of whether a
-        gradient is wanted, so that a new process does the same."""
-        if self.support is None or x.device.type != "cpu" or x.dtype != torch.float32 or self.dtype != torch.float32:
+        """Whether a product gathers the stored entries instead of decoding the matrix: a function of shapes,
+        dtypes and of whether a gradient is wanted, so that a new process does the same.
+        """
+        if (
+            self.support is None
+            or x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or self.dtype != torch.float32
+        ):
             return False
-        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        few = self.values.numel() <= GATHER_DENSITY * self.shape.numel() and x.numel() <= GATHER_TOKENS * x.shape[-1]
+        wants_gradient = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        few = (
+            self.values.numel() <= GATHER_DENSITY * self.shape.numel()
+            and x.numel() <= GATHER_TOKENS * x.shape[-1]
+        )
         return few and not wants_gradient
 
     def _gather(self, x: Tensor, *, transpose: bool) -> Tensor:
-        """x M^T (transpose) or x M: every output sums the rows of x^T, tokens side by side, that its stored entries name."""
+        """x M^T (transpose) or x M: every output sums the rows of x^T, tokens side by side, that its stored
+        entries name.
+        """
         support = self._support
         values = self.values.flatten()
         if self.scales is not None:
@@ -188,7 +226,9 @@ class StoredMatrix(nn.Module):
         places, offsets, order = support.by_row if transpose else support.by_column
         tokens = x.reshape(-1, x.shape[-1]).t().contiguous()
         weights = values if order is None else values[order]
-        sums = F.embedding_bag(places, tokens, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        sums = F.embedding_bag(
+            places, tokens, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
         return sums.t().reshape(*x.shape[:-1], -1)
 
     @property
@@ -198,7 +238,12 @@ class StoredMatrix(nn.Module):
         assert packed is not None
         version = None if packed.is_inference() else packed._version
         cached = self._cached
-        if cached is None or cached.packed is not packed or cached.version is None or cached.version != version:
+        if (
+            cached is None
+            or cached.packed is not packed
+            or cached.version is None
+            or cached.version != version
+        ):
             cached = self._cached = _Support(packed, version, self._form)
         return cached
 
@@ -233,7 +278,9 @@ class _Support:
 
     @cached_property
     def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the values column after column, where each column starts, and the order that sorts the values so."""
+        """Rows of the values column after column, where each column starts, and the order that sorts the
+        values so.
+        """
         order = self.cols.argsort(stable=True)
         return self.rows[order].int(), _starts(self.cols[order], self.form.cols), order
 
@@ -267,8 +314,12 @@ def decode(packed: Tensor, layout: Layout, rows: int, cols: int) -> Int64[Tensor
     return mask.flatten().nonzero().squeeze(1)
 
 
-def store(matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor, "rows cols"] | None = None) -> StoredMatrix:
-    """A copy of `matrix`, in floating point, with this layout; of it the entries of `mask`, where it is given."""
+def store(
+    matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor, "rows cols"] | None = None
+) -> StoredMatrix:
+    """A copy of `matrix`, in floating point, with this layout; of it the entries of `mask`, where it is
+    given.
+    """
     rows, cols = matrix.shape
     stored = StoredMatrix(
         MatrixSpec(rows=rows, cols=cols, layout=layout, coding=CODINGS[matrix.dtype]), device=matrix.device
@@ -285,7 +336,9 @@ def store(matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor,
 
 
 def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
-    """The packed support of `mask`. Raises ValueError when a block of a `Fixed` layout does not keep its number of entries."""
+    """The packed support of `mask`. Raises ValueError when a block of a `Fixed` layout does not keep its
+    number of entries.
+    """
     if not isinstance(layout, Fixed):
         return supports.pack_free(mask)
     grouped = mask.unflatten(1, (-1, layout.block))
@@ -295,8 +348,12 @@ def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
     return supports.pack_fixed(columns.view(*grouped.shape[:2], layout.nonzeros), layout.block)
 
 
-def to_int8(matrix: StoredMatrix, *, axis: int, dynamic: bool, scale_dtype: torch.dtype = torch.float32) -> StoredMatrix:
-    """The same matrix with values rounded to int8, one scale a row (axis 0) or a column (axis 1) of its stored entries."""
+def to_int8(
+    matrix: StoredMatrix, *, axis: int, dynamic: bool, scale_dtype: torch.dtype = torch.float32
+) -> StoredMatrix:
+    """The same matrix with values rounded to int8, one scale a row (axis 0) or a column (axis 1) of its
+    stored entries.
+    """
     whole = matrix.dense().detach()
     integers, scales = quantize.quantize_rows(whole if axis == 0 else whole.t(), scale_dtype)
     integers = integers if axis == 0 else integers.t()

@@ -1,8 +1,9 @@
 """How `transformers` saves and loads compressed models: a quantization method named `stackcomp`.
 
-config.json carries, under `quantization_config`, the spec of every compressed weight. On save the specs are read off the model; on load the
-compressed layers are put in place on the meta device before any tensor is read, and the files are checked against them: a tensor that is
-missing, unexpected or of another shape is refused, as `transformers` would fill it with random numbers.
+config.json carries, under `quantization_config`, the spec of every compressed weight. On save the specs are
+read off the model; on load the compressed layers are put in place on the meta device before any tensor is
+read, and the files are checked against them: a tensor that is missing, unexpected or of another shape is
+refused, as `transformers` would fill it with random numbers.
 """
 
 import re
@@ -12,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -35,8 +40,9 @@ MAX_NAMED = 3  # tensors named in a message
 class StackcompConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared: names of tensors that are
-    other names of another tensor, and which (layers shared by name; paths relative to the base model).
+    weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared:
+    names of tensors that are other names of another tensor, and which (layers shared by name; paths relative
+    to the base model).
     """
 
     def __init__(
@@ -88,7 +94,9 @@ class StackcompConfig(QuantizationConfigMixin):
         specs = [WeightSpec.from_json(id_, data) for id_, data in self.weights.items()]
         for spec in specs:
             if not _makes_sense(spec):
-                raise CheckpointError(f"{spec.id}: its matrices in config.json do not make {spec.rows} x {spec.cols}; save it again")
+                raise CheckpointError(
+                    f"{spec.id}: its matrices in config.json do not make {spec.rows} x {spec.cols}; save it again"
+                )
         return specs
 
 
@@ -110,7 +118,9 @@ class StackcompQuantizer(HfQuantizer):
         if files:
             _check_names(model, files)
 
-    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: "PreTrainedModel"
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: each tensor once. Brings the config up to date with the model first."""
         self.quantization_config = model.config.quantization_config = StackcompConfig.of(model)
         twice = _shared(model)
@@ -138,7 +148,9 @@ def register() -> None:
 
 
 def attach(model: "PreTrainedModel") -> None:
-    """Let `model.save_pretrained` know that the model is compressed. Raises UnsupportedModel when another library quantized it."""
+    """Let `model.save_pretrained` know that the model is compressed. Raises UnsupportedModel when another
+    library quantized it.
+    """
     known = getattr(model.config, "quantization_config", None)
     if isinstance(known, StackcompConfig):
         return
@@ -148,14 +160,20 @@ def attach(model: "PreTrainedModel") -> None:
         )
     config = StackcompConfig.of(model)
     model.config.quantization_config = config
-    model.hf_quantizer = StackcompQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    attributes: dict[str, Any] = {
+        "hf_quantizer": StackcompQuantizer(config, pre_quantized=True),
+        "is_quantized": True,
+        "quantization_method": METHOD,
+    }
+    for name, value in attributes.items():  # as `HfQuantizer` does on load
+        setattr(model, name, value)
 
 
 def compressed(model: "PreTrainedModel") -> list[WeightSpec]:
     """The specs of the compressed weights of a model."""
-    return [handle.spec for handle in weights(model).values() if isinstance(handle.modules[0], CompressedLayer)]
+    return [
+        handle.spec for handle in weights(model).values() if isinstance(handle.modules[0], CompressedLayer)
+    ]
 
 
 def _makes_sense(spec: WeightSpec) -> bool:
@@ -171,7 +189,9 @@ def _makes_sense(spec: WeightSpec) -> bool:
 
 
 def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:
-    """The spec after a cast of the model from dtype `old` to `new`; what has another dtype on purpose keeps it."""
+    """The spec after a cast of the model from dtype `old` to `new`; what has another dtype on purpose keeps
+    it.
+    """
 
     def cast(matrix: MatrixSpec) -> MatrixSpec:
         return replace(
@@ -184,7 +204,9 @@ def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:
 
 
 def _shared(model: "PreTrainedModel") -> dict[str, str]:
-    """Second names of parameters and buffers, and the first name of each; but for those that `transformers` ties by itself."""
+    """Second names of parameters and buffers, and the first name of each; but for those that `transformers`
+    ties by itself.
+    """
     first: dict[int, str] = {}
     second: dict[str, str] = {}
     tied = model.all_tied_weights_keys
@@ -196,9 +218,11 @@ def _shared(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def _share(model: "PreTrainedModel", names: Mapping[str, str]) -> None:
-    """See to it that second names of tensors are not missed: `transformers` would put uninitialised memory there.
+    """See to it that second names of tensors are not missed: `transformers` would put uninitialised memory
+    there.
 
-    Where the class itself shares a module, the second names leave its state dict; other tensors are tied after they were read.
+    Where the class itself shares a module, the second names leave its state dict; other tensors are tied
+    after they were read.
     """
     tensors = model.state_dict(keep_vars=True)
     twice = set()
@@ -232,10 +256,12 @@ def _tensor(model: "PreTrainedModel", name: str) -> str | None:
 
 
 def _check_names(model: "PreTrainedModel", files: list[Path]) -> None:
-    """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a difference.
+    """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a
+    difference.
 
-    A class other than the one saved may lack the parts that are unexpected then (the base model of a model with a head), and may have a new
-    head to train; but what is stored of a compressed weight, and of the base model, must be there.
+    A class other than the one saved may lack the parts that are unexpected then (the base model of a model
+    with a head), and may have a new head to train; but what is stored of a compressed weight, and of the base
+    model, must be there.
     """
     found = _renamed(model, {name: entry for file in files for name, entry in read_header(file)[0].items()})
     expected = model.state_dict()
@@ -251,14 +277,20 @@ def _check_names(model: "PreTrainedModel", files: list[Path]) -> None:
     ]
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLayer)]
     unexpected = [
-        name for name in found if name not in expected and (same_class or any(name.startswith(start) for start in inside))
+        name
+        for name in found
+        if name not in expected and (same_class or any(name.startswith(start) for start in inside))
     ]
     other = [
         f"{name}: {entry['shape']} in the file, {list(expected[name].shape)} in the model"
         for name, entry in found.items()
         if entry is not None and name in expected and list(expected[name].shape) != entry["shape"]
     ]
-    for words, names in (("lacks", missing), ("holds unexpected", unexpected), ("has other shapes for", other)):
+    for words, names in (
+        ("lacks", missing),
+        ("holds unexpected", unexpected),
+        ("has other shapes for", other),
+    ):
         if names:
             saved = " or ".join(model.config.architectures or ["the class it was saved from"])
             without = " or add_pooling_layer=False" if any("pooler." in name for name in names) else ""
@@ -275,7 +307,8 @@ def _in_base(model: "PreTrainedModel", name: str) -> bool:
 
 
 def _renamed(model: "PreTrainedModel", header: Mapping[str, Any]) -> dict[str, Any]:
-    """The header under the names the tensors will have in the model: the renaming that `transformers` itself does on load.
+    """The header under the names the tensors will have in the model: the renaming that `transformers` itself
+    does on load.
 
     Entries that it merges or splits are None: their shapes change.
     """
@@ -298,4 +331,5 @@ def _renamed(model: "PreTrainedModel", header: Mapping[str, Any]) -> dict[str, A
     return renamed
 
 
-register()  # here, and not by the import hook: when this module is imported first, the hook runs in the middle of its imports
+# Here, and not by the import hook: when this module is imported first, the hook runs in the middle of its imports.
+register()

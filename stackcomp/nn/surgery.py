@@ -1,7 +1,8 @@
 """Changing how the weights of a model are stored, in place.
 
-Every function takes the id of a logical weight and changes all modules that use it; dtype, device, biases, padding and what trains are kept.
-Afterwards `model.save_pretrained` writes the new form and `from_pretrained` reads it.
+Every function takes the id of a logical weight and changes all modules that use it; dtype, device, biases,
+padding and what trains are kept. Afterwards `model.save_pretrained` writes the new form and `from_pretrained`
+reads it.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,9 @@ def factorize(
 ) -> None:
     """Store W = S D (`transposed`: W^T = S D) with the basis D (blocks*b x g) and coefficients S.
 
-    With a `support`, S has `values` (n, blocks, s) at the ascending columns `support` of each block of b; without one S is dense, and
-    `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not make W.
+    With a `support`, S has `values` (n, blocks, s) at the ascending columns `support` of each block of b;
+    without one S is dense, and `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not
+    make W.
     """
     handle = weights(model)[id_]
     rows, cols = handle.spec.rows, handle.spec.cols
@@ -43,13 +45,17 @@ def factorize(
     atoms, width = basis.shape
     blocks = m // width
     if m % width or atoms % blocks or (support is None and values.shape != (n, atoms)):
-        raise ValueError(f"{id_}: basis {tuple(basis.shape)} and values {tuple(values.shape)} do not make {n} x {m}")
+        raise ValueError(
+            f"{id_}: basis {tuple(basis.shape)} and values {tuple(values.shape)} do not make {n} x {m}"
+        )
     like = handle.dense()
     if support is None:
         coefficients = store(values.to(like), Dense())
     else:
         if support.shape != values.shape or support.shape[:2] != (n, blocks):
-            raise ValueError(f"{id_}: support {tuple(support.shape)} and values {tuple(values.shape)} do not make {n} x {blocks} x s")
+            raise ValueError(
+                f"{id_}: support {tuple(support.shape)} and values {tuple(values.shape)} do not make {n} x {blocks} x s"
+            )
         b = atoms // blocks
         layout = Fixed(block=b, nonzeros=support.shape[2])
         spread = torch.zeros(n, blocks, b, dtype=like.dtype, device=like.device)
@@ -63,10 +69,14 @@ def factorize(
     _put(model, handle, matrices, transposed=transposed)
 
 
-def sparsify(model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[int, int] | None = None) -> None:
-    """Keep of every dense matrix of a weight the entries that `mask(matrix)`, a boolean of its shape, names; the rest is zero from now on.
+def sparsify(
+    model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[int, int] | None = None
+) -> None:
+    """Keep of every dense matrix of a weight the entries that `mask(matrix)`, a boolean of its shape, names;
+    the rest is zero from now on.
 
-    groups: (n, m) stores them as n of every m columns of a row, which the mask must then keep; else any entries, beside a bitmap.
+    groups: (n, m) stores them as n of every m columns of a row, which the mask must then keep; else any
+    entries, beside a bitmap.
     """
     handle = weights(model)[id_]
     matrices = dict(_matrices(handle))
@@ -83,13 +93,15 @@ def sparsify(model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[in
 def quantize(model: "PreTrainedModel", id_: str, *, dynamic: bool) -> None:
     """Round every floating-point matrix of a weight to int8, with scales in the dtype that the weight had.
 
-    A matrix has one scale a row, or a column where its product sums over the rows (both factors of a transposed weight). dynamic: the inputs
-    of its products are rounded too, token by token.
+    A matrix has one scale a row, or a column where its product sums over the rows (both factors of a
+    transposed weight). dynamic: the inputs of its products are rounded too, token by token.
     """
     handle = weights(model)[id_]
     axis = 1 if handle.spec.factored and handle.spec.transposed else 0
     matrices = {
-        part: matrix if matrix.spec.coding == "int8" else to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
+        part: matrix
+        if matrix.spec.coding == "int8"
+        else to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
         for part, matrix in _matrices(handle).items()
     }
     _put(model, handle, matrices, transposed=handle.spec.transposed)

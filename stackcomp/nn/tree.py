@@ -1,7 +1,8 @@
 """Where the weights of a model are: logical weights by id, and putting compressed layers in their places.
 
-Paths are relative to the base model (`encoder.layer.0.output.dense`, without `bert.`; `classifier`). A weight that several modules
-use (tied embeddings, one layer under two names) is one weight with several paths; its id is the first.
+Paths are relative to the base model (`encoder.layer.0.output.dense`, without `bert.`; `classifier`). A weight
+that several modules use (tied embeddings, one layer under two names) is one weight with several paths; its id
+is the first.
 """
 
 import hashlib
@@ -32,21 +33,26 @@ class WeightHandle:
     modules: tuple[nn.Module, ...]
 
     def dense(self) -> Tensor:
-        """W (output x input features, or vocabulary x width), detached. Not to be written to: it may be the weight itself."""
+        """W (output x input features, or vocabulary x width), detached. Not to be written to: it may be the
+        weight itself.
+        """
         module = self.modules[0]
         if isinstance(module, CompressedLayer):
             return module.dense().detach()
-        assert isinstance(module.weight, Tensor)
-        return module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
+        weight = _parameter(module).detach()
+        return weight.t() if isinstance(module, Conv1D) else weight
 
     @property
     def requires_grad(self) -> bool:
         """Whether any of its values takes part in training."""
         module = self.modules[0]
         if isinstance(module, CompressedLayer):
-            return any(parameter.requires_grad for matrix in module.matrices.values() for parameter in matrix.parameters())
-        assert isinstance(module.weight, Tensor)
-        return module.weight.requires_grad
+            return any(
+                parameter.requires_grad
+                for matrix in module.matrices.values()
+                for parameter in matrix.parameters()
+            )
+        return _parameter(module).requires_grad
 
 
 def relative(model: "PreTrainedModel", name: str) -> str:
@@ -61,9 +67,11 @@ def absolute(model: "PreTrainedModel", path: str) -> str | None:
 
 
 def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
-    """All logical weights by id, in the model's order: every `nn.Linear`, `Conv1D`, `nn.Embedding` and compressed layer.
+    """All logical weights by id, in the model's order: every `nn.Linear`, `Conv1D`, `nn.Embedding` and
+    compressed layer.
 
-    Raises UnsupportedModel when another library keeps them quantized, or in a dtype that is not floating point.
+    Raises UnsupportedModel when another library keeps them quantized, or in a dtype that is not floating
+    point.
     """
     groups: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -79,13 +87,16 @@ def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
 
 
 def check_finite(model: "PreTrainedModel") -> None:
-    """Raises BadWeights, with the path of the layer, where a tensor of the model holds NaN or infinite values."""
+    """Raises BadWeights, with the path of the layer, where a tensor of the model holds NaN or infinite
+    values.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             layer, _, part = relative(model, name).rpartition(".")
             bad = int((~torch.isfinite(tensor)).sum())
             raise BadWeights(
-                f"{layer}: {bad} of the {tensor.numel()} values of its {part} are NaN or infinite; train it again or load a sound checkpoint"
+                f"{layer}: {bad} of the {tensor.numel()} values of its {part} are NaN or infinite; "
+                "train it again or load a sound checkpoint"
             )
 
 
@@ -99,7 +110,9 @@ def weights_digest(model: "PreTrainedModel") -> str:
 
 
 def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, StoredMatrix]) -> None:
-    """Replace the modules at `spec.paths` by compressed layers over `matrices`; paths that the model lacks are passed over."""
+    """Replace the modules at `spec.paths` by compressed layers over `matrices`; paths that the model lacks
+    are passed over.
+    """
     names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
     layers: dict[int, CompressedLayer] = {}  # by the module replaced: one module under two names stays one
     for name in names:
@@ -114,10 +127,11 @@ def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, Store
 
 
 def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
-    """Put uninitialised compressed layers where `specs` say, in a model built from its config alone (on any device, meta included).
+    """Put uninitialised compressed layers where `specs` say, in a model built from its config alone (on any
+    device, meta included).
 
-    Raises CheckpointError when the model has another layer there. Weights all of whose paths the model lacks are passed over: it is then
-    the base model, and the weight was in the head.
+    Raises CheckpointError when the model has another layer there. Weights all of whose paths the model lacks
+    are passed over: it is then the base model, and the weight was in the head.
     """
     for spec in specs:
         for path in spec.paths:
@@ -125,9 +139,7 @@ def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
             found = None if name is None else model.get_submodule(name)
             if found is None:
                 continue
-            shape = None
-            if type(found) in PLAIN:
-                shape = tuple(found.weight.shape[::-1] if isinstance(found, Conv1D) else found.weight.shape)
+            shape = _shape(found) if type(found) in PLAIN else None
             if shape != (spec.rows, spec.cols):
                 raise CheckpointError(
                     f"{path}: {type(found).__name__} of shape {shape} in the model, a weight of {spec.rows} x {spec.cols} in its "
@@ -137,8 +149,12 @@ def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
 
 
 def _untie(model: "PreTrainedModel") -> None:
-    """Take compressed weights off the lists by which `transformers` ties parameters: they share their matrices themselves."""
-    from transformers import PreTrainedModel  # at import it would close a circle: this runs while transformers is imported
+    """Take compressed weights off the lists by which `transformers` ties parameters: they share their
+    matrices themselves.
+    """
+    from transformers import (
+        PreTrainedModel,  # at import it would close a circle: this runs while transformers is imported
+    )
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -157,7 +173,23 @@ def _untie(model: "PreTrainedModel") -> None:
 
 def _compressed(model: nn.Module) -> set[str]:
     """Names that the weights of the compressed layers of `model` had as parameters."""
-    return {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, CompressedLayer)}
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, CompressedLayer)
+    }
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    """The weight of a plain layer, as it keeps it."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the W of a plain layer."""
+    rows, cols = _parameter(module).shape
+    return (cols, rows) if isinstance(module, Conv1D) else (rows, cols)
 
 
 def _exists(model: nn.Module, name: str) -> bool:
@@ -173,12 +205,16 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
     if isinstance(module, CompressedLayer):
         rows, cols, matrices, transposed = module.rows, module.cols, module.specs, module.transposed
     else:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = _parameter(module)
         if weight.dtype not in CODINGS or not weight.is_floating_point():
-            raise UnsupportedModel(f"{id_}: dtype {weight.dtype} cannot be compressed; give a model in float32, bfloat16 or float16")
-        rows, cols = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
-        matrices, transposed = {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])}, False
+            raise UnsupportedModel(
+                f"{id_}: dtype {weight.dtype} cannot be compressed; give a model in float32, bfloat16 or float16"
+            )
+        rows, cols = _shape(module)
+        matrices, transposed = (
+            {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])},
+            False,
+        )
     return WeightSpec(
         id=id_,
         kind="embedding" if isinstance(module, nn.Embedding | CompressedEmbedding) else "linear",

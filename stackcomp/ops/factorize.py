@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stackcomp.core.errors import BadWeights, SettingError
 from stackcomp.ops.low_rank import low_rank
-from stackcomp.ops.sparse_coding import factor_supports, gather, omp, scatter, solve, swap
+from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, omp, scatter, solve, swap
 from stackcomp.ops.whiten import Whitener
 
 COUPLED_ROWS = (
@@ -185,7 +185,7 @@ class _Solver:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
         codes = self._codes()
         normal = codes.T @ self._pull(codes)
-        normal.diagonal().add_(BASIS_RIDGE * normal.diagonal().mean())
+        normal.diagonal().add_(BASIS_RIDGE * normal.diagonal().mean().clamp_min(SMALLEST))
         if self._blocks == 1:  # Q cancels
             self.basis = torch.linalg.solve(normal, codes.T @ self._pull(self._weight))[None]
         else:

@@ -1,8 +1,10 @@
-"""Symmetric int8: rows of a weight to integers with one scale each, inputs rounded as they come, and products of both.
+"""Symmetric int8: rows of a weight to integers with one scale each, inputs rounded as they come, and products
+of both.
 
 Letters: a weight has n rows (outputs) and m columns (inputs); t is tokens.
 
-The arithmetic is torchao's (`Int8WeightOnlyConfig`, `Int8DynamicActivationInt8WeightConfig`, per-row granularity), bit for bit:
+The arithmetic is torchao's (`Int8WeightOnlyConfig`, `Int8DynamicActivationInt8WeightConfig`, per-row
+granularity), bit for bit:
 
     scale = max(max |row| / 127.5, 2^-23),    q = clamp(round(row * (1 / scale)), -128, 127)
 
@@ -23,8 +25,9 @@ def quantize_rows(
 ) -> tuple[Int8[Tensor, "*batch n m"], Float[Tensor, "*batch n"]]:
     """Each row as integers and its scale: `row ~ q * scale`.
 
-    The largest magnitude is divided by 127.5 in the dtype of `weight`, as torchao does, so a largest positive value is clamped by half a
-    step. With another `scale_dtype` than torchao's float32, rows are rounded with the scale as it is stored.
+    The largest magnitude is divided by 127.5 in the dtype of `weight`, as torchao does, so a largest positive
+    value is clamped by half a step. With another `scale_dtype` than torchao's float32, rows are rounded with
+    the scale as it is stored.
     """
     largest = weight.abs().amax(dim=-1, keepdim=True)
     scales = (largest / HALF_RANGE).clamp(min=EPSILON).to(scale_dtype)
@@ -37,19 +40,23 @@ def int8_linear(
 ) -> Float[Tensor, "*batch n"]:
     """x (q * scales)^T with x rounded to int8 token by token; sums are exact 32-bit integers.
 
-    The result has the wider dtype of x and scales, so that a bias is added before it is rounded to that of x. The gradient passes straight
-    through the rounding of x (arXiv 1308.3432).
+    The result has the wider dtype of x and scales, so that a bias is added before it is rounded to that of x.
+    The gradient passes straight through the rounding of x (arXiv 1308.3432).
     """
     return _Int8Linear.apply(x, q, scales)  # type: ignore[return-value]
 
 
 class _Int8Linear(torch.autograd.Function):
-    """Forward in integers, tile by tile, so that a token's result does not depend on the others; backward as if x had not been rounded."""
+    """Forward in integers, tile by tile, so that a token's result does not depend on the others; backward as
+    if x had not been rounded.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, q: Tensor, scales: Tensor) -> Tensor:  # type: ignore[override]
         tokens = x.reshape(-1, x.shape[-1])
-        y = torch.empty(len(tokens), len(q), dtype=torch.promote_types(x.dtype, scales.dtype), device=x.device)
+        y = torch.empty(
+            len(tokens), len(q), dtype=torch.promote_types(x.dtype, scales.dtype), device=x.device
+        )
         products: list[Tensor] = []
         for start in range(0, len(tokens), TILE):
             integers, steps = quantize_rows(tokens[start : start + TILE])
@@ -73,7 +80,9 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def _sums(integers: Tensor, q: Tensor) -> Tensor:
-    """integers q^T, summed exactly. On other devices than the CPU `_int_mm` takes only some shapes, so doubles stand in there."""
+    """integers q^T, summed exactly. On other devices than the CPU `_int_mm` takes only some shapes, so
+    doubles stand in there.
+    """
     if integers.device.type == "cpu":
         return torch._int_mm(integers, q.t())
     return (integers.double() @ q.double().t()).float()
@@ -82,5 +91,7 @@ def _sums(integers: Tensor, q: Tensor) -> Tensor:
 def int8_weight_linear(
     x: Float[Tensor, "*batch m"], q: Int8[Tensor, "n m"], scales: Float[Tensor, " n"]
 ) -> Float[Tensor, "*batch n"]:
-    """x (q * scales)^T with x as it is: the integers are read into the dtype of x, and the product is scaled. Differentiable."""
+    """x (q * scales)^T with x as it is: the integers are read into the dtype of x, and the product is scaled.
+    Differentiable.
+    """
     return torch.nn.functional.linear(x, q.to(x.dtype)) * scales.to(x.dtype)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-RIDGE = (
-    1e-6  # of the mean squared norm of the atoms: keeps the solve defined when a row picks two equal atoms
-)
+# Of the mean squared norm of the atoms: keeps the solve defined when a row picks two equal ones.
+RIDGE = 1e-6
+SMALLEST = 1e-12  # of that mean: atoms of zeros (a weight of zeros) get values of zero
 
 
 def scatter(
@@ -36,10 +36,11 @@ def factor_supports(gram: Float[Tensor, "a a"], support: Int64[Tensor, "n k s"])
     # One flat index: twice as fast as indexing rows and columns.
     pairs = (flat[:, :, None] * len(gram) + flat[:, None, :]).flatten()
     part = gram.flatten().index_select(0, pairs).view(len(flat), flat.shape[1], flat.shape[1])
-    part.diagonal(dim1=1, dim2=2).add_(RIDGE * gram.diagonal().mean())
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(SMALLEST)
+    part.diagonal(dim1=1, dim2=2).add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(part)
     if failed.any():  # atoms so alike that float32 cannot part them
-        part.diagonal(dim1=1, dim2=2).add_(1e3 * RIDGE * gram.diagonal().mean())
+        part.diagonal(dim1=1, dim2=2).add_(1e3 * ridge)
         factor = torch.linalg.cholesky(part)
     return factor
 

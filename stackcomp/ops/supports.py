@@ -1,12 +1,15 @@
-"""Packing of supports: which entries of a sparse matrix are stored, in as few bytes as the choice can be written in.
+"""Packing of supports: which entries of a sparse matrix are stored, in as few bytes as the choice can be
+written in.
 
-Letters: a matrix has `rows` rows and `blocks` blocks of b columns; a block of a row keeps s of its b columns (`nonzeros`). A *rank*
-is the number of such a subset among all C(b, s), by the combinatorial number system (subset c_1 < ... < c_s, counted from 0):
+Letters: a matrix has `rows` rows and `blocks` blocks of b columns; a block of a row keeps s of its b columns
+(`nonzeros`). A *rank* is the number of such a subset among all C(b, s), by the combinatorial number system
+(subset c_1 < ... < c_s, counted from 0):
 
     rank = sum_i C(c_i, i)
 
-which needs log2 C(b, s) bits: the smallest any fixed-length code can be. Small ranks are put together into words of at most 63 bits (mixed
-radix C(b, s), first rank lowest); large ones are written alone. Words follow each other without gaps, lowest bit first.
+which needs log2 C(b, s) bits: the smallest any fixed-length code can be. Small ranks are put together into
+words of at most 63 bits (mixed radix C(b, s), first rank lowest); large ones are written alone. Words follow
+each other without gaps, lowest bit first.
 
 Everything is exact: ranks below 2^63 in 64-bit integers, larger ones in limbs of 30 bits.
 """
@@ -27,9 +30,11 @@ MAX_DOUBLE_BITS = 1000  # ranks of more bits do not fit a double
 
 
 def pack_fixed(indices: Int64[Tensor, "rows blocks s"], b: int) -> UInt8[Tensor, " bytes"]:
-    """Pack the supports of all blocks into exactly `Fixed(block=b, nonzeros=s).support_bytes(rows, blocks * b)` bytes.
+    """Pack the supports of all blocks into exactly `Fixed(block=b, nonzeros=s).support_bytes(rows, blocks *
+    b)` bytes.
 
-    indices are the kept columns of a block, counted from its start, ascending. Raises ValueError when they are not.
+    indices are the kept columns of a block, counted from its start, ascending. Raises ValueError when they
+    are not.
     """
     rows, blocks, s = indices.shape
     layout = Fixed(block=b, nonzeros=s)
@@ -51,7 +56,9 @@ def pack_fixed(indices: Int64[Tensor, "rows blocks s"], b: int) -> UInt8[Tensor,
     return torch.from_numpy(packed).to(indices.device)
 
 
-def unpack_fixed(packed: UInt8[Tensor, " bytes"], layout: Fixed, rows: int, blocks: int) -> Int64[Tensor, "rows blocks s"]:
+def unpack_fixed(
+    packed: UInt8[Tensor, " bytes"], layout: Fixed, rows: int, blocks: int
+) -> Int64[Tensor, "rows blocks s"]:
     """The indices that `pack_fixed` packed; raises CheckpointError when the bytes encode no support."""
     b, s = layout.block, layout.nonzeros
     count = rows * blocks
@@ -75,7 +82,9 @@ def pack_free(mask: Bool[Tensor, "rows cols"]) -> UInt8[Tensor, " bytes"]:
     return torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little")).to(mask.device)
 
 
-def unpack_free(packed: UInt8[Tensor, " bytes"], nonzeros: int, rows: int, cols: int) -> Bool[Tensor, "rows cols"]:
+def unpack_free(
+    packed: UInt8[Tensor, " bytes"], nonzeros: int, rows: int, cols: int
+) -> Bool[Tensor, "rows cols"]:
     """The mask that `pack_free` packed; raises CheckpointError unless it holds exactly `nonzeros` entries."""
     bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
     held = int(bits.sum())
@@ -93,7 +102,9 @@ def _fits_word(layout: Fixed) -> bool:
 
 
 def _table(b: int, s: int) -> list[list[int]]:
-    """Entry [i - 1][d] is C(i - 1 + d, i): what c_i = i - 1 + d adds to a rank; only subsets that exist, so no entry exceeds C(b, s)."""
+    """Entry [i - 1][d] is C(i - 1 + d, i): what c_i = i - 1 + d adds to a rank; only subsets that exist, so
+    no entry exceeds C(b, s).
+    """
     return [[math.comb(i + d, i + 1) for d in range(b - s + 1)] for i in range(s)]
 
 
@@ -124,12 +135,16 @@ def _words_of_bits(bits: np.ndarray, layout: Fixed, count: int) -> np.ndarray:
     ranks = [_digits(words, layout.choices, per_word)]
     if rest:
         tail = word_bits(layout.choices, rest)
-        ranks.append(_digits(_join(bits[full * width : full * width + tail].reshape(1, tail)), layout.choices, rest))
+        ranks.append(
+            _digits(_join(bits[full * width : full * width + tail].reshape(1, tail)), layout.choices, rest)
+        )
     return np.concatenate(ranks)
 
 
 def _digits(words: np.ndarray, radix: int, count: int) -> np.ndarray:
-    """The `count` digits of each word, lowest first, in one row; the last digit keeps what is too large, so that damage shows."""
+    """The `count` digits of each word, lowest first, in one row; the last digit keeps what is too large, so
+    that damage shows.
+    """
     digits = np.empty((len(words), count), dtype=np.int64)
     for position in range(count - 1):
         words, digits[:, position] = np.divmod(words, radix)
@@ -151,7 +166,9 @@ def _join(bits: np.ndarray) -> np.ndarray:
 
 
 def _unrank_words(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
-    """Subsets (count, s) of their ranks: greedily the largest column whose entry does not exceed what is left of the rank."""
+    """Subsets (count, s) of their ranks: greedily the largest column whose entry does not exceed what is left
+    of the rank.
+    """
     picked = np.empty((len(ranks), s), dtype=np.int64)
     for i, entries in reversed(list(enumerate(np.array(_table(b, s), dtype=np.int64)))):
         column = np.searchsorted(entries, ranks, side="right") - 1
@@ -161,7 +178,9 @@ def _unrank_words(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
 
 
 def _unrank_limbs(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
-    """The same for ranks (count, limbs): a guess in double precision, at most one too high, is put right exactly."""
+    """The same for ranks (count, limbs): a guess in double precision, at most one too high, is put right
+    exactly.
+    """
     rows = _table(b, s)
     picked = np.empty((len(ranks), s), dtype=np.int64)
     places = np.float64(2.0) ** (LIMB_BITS * np.arange(ranks.shape[1]))
@@ -180,7 +199,9 @@ def _unrank_limbs(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
 
 def _checked(picked: np.ndarray, left: np.ndarray) -> np.ndarray:
     if left.any() or (np.diff(picked, axis=1) <= 0).any() or (picked < 0).any():
-        raise CheckpointError("a packed support holds a number that stands for no support: copy or save the checkpoint again")
+        raise CheckpointError(
+            "a packed support holds a number that stands for no support: copy or save the checkpoint again"
+        )
     return picked
 
 

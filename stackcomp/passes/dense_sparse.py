@@ -1,7 +1,8 @@
 """Dense-sparse factorization, after training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from math import log
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,44 +15,57 @@ from stackcomp.core.settings import one_of, whole
 from stackcomp.layerwise import FactorizingPass, Layer
 
 if TYPE_CHECKING:
-    import torch
-
     from stackcomp.core.context import Context
     from stackcomp.ops.allocate import Candidate
     from stackcomp.ops.factorize import DenseSparseFactors
 
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR)
-LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever the ratio of all
-PROBED_RATIOS = (1.3, 1.8, 2.5, 3.5, 5.0)
-PROBED_SHARES = (0.17, 0.25, 0.35, 0.5, 0.75)
-MARGIN = 1.2  # how far beyond the probed ratios a gain is believed
 DENSE, SPARSE = FACTOR | {Fact.DENSE}, FACTOR | {Fact.SPARSE}
+
+LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever the ratio of all
+SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
+
+# The error of dense-sparse over that of low rank at equal bytes, by the layer's own ratio, as measured on the
+# layers of MiniLM-L6 with
+# the shapes below: nearly the same for all layers of a shape. It ranks candidates; the error that results is
+# the solver's own.
+SQUARE_GAIN = ((1.05, 0.9), (1.2, 0.55), (1.5, 0.5), (2.0, 0.52), (2.7, 0.6), (3.6, 0.72), (5.0, 0.9))
+TALL_GAIN = ((1.05, 0.9), (1.3, 0.5), (1.7, 0.42), (2.3, 0.45), (3.2, 0.53), (4.5, 0.62), (6.0, 0.8))
+TALL = 2.0  # longer side over shorter, from which a weight counts as tall
+HIGH_RATIO = 3.0
+SHARES = {
+    False: (0.83, 0.67),
+    True: (0.75, 0.6),
+}  # atoms over columns, by tallness: below and from HIGH_RATIO on
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DenseSparse(FactorizingPass):
     """Replace each selected weight by a small dense basis times a sparse matrix of coefficients: W ~ S D.
 
-    Every row of W becomes a mix of a few of b shared directions. Atoms b and non-zeros s are chosen per layer under one ratio, with low
-    rank (every coefficient kept, no index to store) among the choices, so that dense-sparse never loses to it.
+    Every row of W becomes a mix of a few of b shared directions. Atoms b and non-zeros s are chosen per layer
+    under one ratio, with low rank (every coefficient kept, no index to store) among the choices, so that
+    dense-sparse never loses to it.
 
-    ratio, data_aware, sensitivity, samples, damping: as in every factorization. blocks: blocks of input columns, each with a basis of
-    its own; it must divide every selected weight. orientation: which side the sparse rows run along: "rows" those of W, "columns" those
-    of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and support updates.
+    ratio, data_aware, sensitivity, samples, damping: as in every factorization. blocks: blocks of columns,
+    each with a basis of its own; it must divide every selected weight; None takes 4 for square weights and 1
+    for tall ones. orientation: which side the sparse rows run along: "rows" those of W, "columns" those of
+    its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and support updates.
 
-    Where we differ from the paper: post-training and data-aware (its learned variant is another pass), supports are priced and stored
-    at their entropy, and the budget is shared out over layers.
+    Where we differ from the paper: post-training and data-aware (its learned variant is another pass),
+    supports are priced and stored at their entropy, and the budget is shared out over layers.
     """
 
-    blocks: int = 1
+    blocks: int | None = None
     orientation: Literal["auto", "rows", "columns"] = "auto"
-    sweeps: int = 4
+    sweeps: int = 3
 
     paper: ClassVar[str] = "Chand et al., DSFormer, arXiv:2312.13211"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("blocks", self.blocks, 1)
+        if self.blocks is not None:
+            whole("blocks", self.blocks, 1)
         whole("sweeps", self.sweeps, 0)
         one_of("orientation", self.orientation, ("auto", "rows", "columns"))
 
@@ -67,165 +81,89 @@ class DenseSparse(FactorizingPass):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         for weight in weights:
-            columns = weight.rows if self._turns(weight.rows, weight.cols) else weight.cols
-            if columns % self.blocks:
+            form = self._form(weight.rows, weight.cols)
+            if form.columns % form.blocks:
                 raise SettingError(
-                    f"DenseSparse: blocks={self.blocks} does not divide the {columns} columns of {weight.id}: give a divisor, or skip it"
+                    f"DenseSparse: blocks={self.blocks} does not divide the {form.columns} columns of {weight.id}: "
+                    f"give a divisor, or skip={weight.id!r}"
                 )
         super().examine(weights)
 
     def _smallest(self, rows: int, cols: int) -> float:
-        n, m = (cols, rows) if self._turns(rows, cols) else (rows, cols)
-        return min(rows + cols, m + n * self.blocks)
-
-    def _turns(self, rows: int, cols: int) -> bool:
-        """Whether the transpose is factorized: the sparse rows run along the longer side."""
-        return rows < cols if self.orientation == "auto" else self.orientation == "columns"
+        return rows + cols
 
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
-        gains: dict[tuple[int, int], list[_Gain]] = {}
-        priced: dict[str, list[Candidate]] = {}
-        for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers)):
-            shape = (layer.weight.shape[0], layer.weight.shape[1])
-            if shape not in gains:
-                gains[shape] = self._measure(layer, context.seed)
-            priced[id_] = self._priced(layer, gains[shape])
-        return priced
+        return {
+            id_: self._priced(layer)
+            for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
+        }
 
-    def _measure(self, layer: Layer, seed: int) -> "list[_Gain]":
-        """By how much dense-sparse beats low rank on one layer of a shape, at a few ratios: the least over a few shares of atoms.
-
-        The factor is nearly the same for all layers of a shape, which makes pricing all of them cheap.
-        """
-        errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
-        found: list[_Gain] = []
-        for ratio in PROBED_RATIOS:
-            best: _Gain | None = None
-            for atoms, nonzeros in self._shapes(layer, ratio, PROBED_SHARES):
-                factors = self._factorize(layer, atoms, nonzeros, sweeps=1, seed=seed)
-                error = ops.metric_error(
-                    layer.weight - factors.product(), inputs=layer.inputs, outputs=layer.outputs
-                )
-                gain = error / max(_at(errors, layer, layer.size_bytes / ratio), 1e-30)
-                if best is None or gain < best.factor:
-                    best = _Gain(ratio=ratio, share=atoms * self.blocks / self._columns(layer), factor=gain)
-            if best is not None and best.factor < 1:
-                found.append(best)
-        return found
-
-    def _priced(self, layer: Layer, gains: "list[_Gain]") -> "list[Candidate]":
-        """Low rank at every ratio, and dense-sparse where it was measured to be better."""
-        rows, cols = layer.weight.shape
+    def _priced(self, layer: Layer) -> "list[Candidate]":
+        """Low rank at every ratio, and dense-sparse where it is expected to be better."""
+        form = self._form(*layer.weight.shape)
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
         candidates: list[Candidate] = []
         for step in range(STEPS):
             ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
             size = layer.size_bytes / ratio
-            rank = int(size / layer.value_bytes / (rows + cols))
-            if rank:
-                candidates.append(
-                    ops.Candidate(
-                        size_bytes=layer.value_bytes * rank * (rows + cols),
-                        error=float(errors[rank]),
-                        choice={"rank": rank},
-                    )
+            rank = int(size / layer.value_bytes / (form.rows + form.columns))
+            candidates.append(
+                ops.Candidate(
+                    size_bytes=layer.value_bytes * rank * (form.rows + form.columns),
+                    error=float(errors[rank]),
+                    choice={"rank": rank},
                 )
-            gain = _interpolated(gains, ratio)
-            if gain is not None:
-                for atoms, nonzeros in self._shapes(layer, ratio, (gain.share,)):
-                    candidates.append(
-                        ops.Candidate(
-                            size_bytes=self._bytes(layer, atoms, nonzeros),
-                            error=gain.factor * _at(errors, layer, size),
-                            choice={"atoms": atoms, "nonzeros": nonzeros},
-                        )
+            )
+            gain = _interpolated(TALL_GAIN if form.tall else SQUARE_GAIN, ratio)
+            shape = {"blocks": form.blocks, "value_bytes": layer.value_bytes}
+            share = SHARES[form.tall][ratio >= HIGH_RATIO]
+            for atoms, nonzeros in ops.shapes_of_size(
+                form.rows, form.columns, size_bytes=size, shares=(share,), **shape
+            ):
+                if 1 < nonzeros < atoms and gain < 1:
+                    stored = ops.dense_sparse_bytes(
+                        form.rows, form.columns, atoms=atoms, nonzeros=nonzeros, **shape
                     )
-        return candidates
+                    choice = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
+                    candidates.append(
+                        ops.Candidate(size_bytes=stored, error=gain * float(errors[rank]), choice=choice)
+                    )
+        return [candidate for candidate in candidates if candidate.choice.get("rank") != 0]
 
     def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
+        metric = {"inputs": layer.inputs, "outputs": layer.outputs}
         if "rank" in choice:
-            rank = choice["rank"]
-            return ops.dense_sparse(
-                layer.weight, atoms=rank, nonzeros=rank, inputs=layer.inputs, outputs=layer.outputs
-            )
-        return self._factorize(layer, choice["atoms"], choice["nonzeros"], sweeps=self.sweeps, seed=seed)
-
-    def _factorize(
-        self, layer: Layer, atoms: int, nonzeros: int, *, sweeps: int, seed: int
-    ) -> "DenseSparseFactors":
+            return ops.dense_sparse(layer.weight, atoms=choice["rank"], nonzeros=choice["rank"], **metric)
+        turned = self._form(*layer.weight.shape).turned
         return ops.dense_sparse(
-            layer.weight,
-            atoms=atoms,
-            nonzeros=nonzeros,
-            blocks=self.blocks,
-            transposed=self._turns(*layer.weight.shape),
-            inputs=layer.inputs,
-            outputs=layer.outputs,
-            sweeps=sweeps,
-            seed=seed,
+            layer.weight, **choice, **metric, transposed=turned, sweeps=self.sweeps, seed=seed
         )
 
-    def _columns(self, layer: Layer) -> int:
-        """Columns of the factorized matrix."""
-        rows, cols = layer.weight.shape
-        return rows if self._turns(rows, cols) else cols
-
-    def _shapes(self, layer: Layer, ratio: float, shares: Sequence[float]) -> list[tuple[int, int]]:
-        """Pairs (atoms, nonzeros) of about this ratio, really sparse ones only."""
-        columns = self._columns(layer)
-        found = ops.shapes_of_size(
-            layer.weight.numel() // columns,
-            columns,
-            size_bytes=layer.size_bytes / ratio,
-            shares=shares,
-            blocks=self.blocks,
-            value_bytes=layer.value_bytes,
-        )
-        return [(atoms, nonzeros) for atoms, nonzeros in found if 1 < nonzeros < atoms]
-
-    def _bytes(self, layer: Layer, atoms: int, nonzeros: int) -> int:
-        columns = self._columns(layer)
-        return ops.dense_sparse_bytes(
-            layer.weight.numel() // columns,
-            columns,
-            atoms=atoms,
-            nonzeros=nonzeros,
-            blocks=self.blocks,
-            value_bytes=layer.value_bytes,
-        )
+    def _form(self, rows: int, cols: int) -> "_Form":
+        """How a weight of this shape is factorized."""
+        turned = rows < cols if self.orientation == "auto" else self.orientation == "columns"
+        long, wide = (cols, rows) if turned else (rows, cols)
+        tall = long >= TALL * wide
+        automatic = SQUARE_BLOCKS if not tall and wide % SQUARE_BLOCKS == 0 else 1
+        return _Form(rows=long, columns=wide, turned=turned, tall=tall, blocks=self.blocks or automatic)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Gain:
-    """At `ratio`, atoms worth `share` of the columns give `factor` times the error of low rank of the same bytes."""
+class _Form:
+    """The factorized matrix: the weight, or its transpose when `turned`; `tall` when its rows are many for
+    its columns."""
 
-    ratio: float
-    share: float
-    factor: float
-
-
-def _interpolated(gains: "list[_Gain]", ratio: float) -> "_Gain | None":
-    """The gain at `ratio`, between the measured ones around it in log ratio; None far outside of them."""
-    if not gains or not gains[0].ratio / MARGIN <= ratio <= gains[-1].ratio * MARGIN:
-        return None
-    below = max(
-        (gain for gain in gains if gain.ratio <= ratio), key=lambda gain: gain.ratio, default=gains[0]
-    )
-    above = min(
-        (gain for gain in gains if gain.ratio >= ratio), key=lambda gain: gain.ratio, default=gains[-1]
-    )
-    if below.ratio == above.ratio:
-        return replace(below, ratio=ratio)
-    weight = log(ratio / below.ratio) / log(above.ratio / below.ratio)
-    mix = [
-        (1 - weight) * low + weight * high
-        for low, high in ((below.share, above.share), (below.factor, above.factor))
-    ]
-    return _Gain(ratio=ratio, share=mix[0], factor=mix[1])
+    rows: int
+    columns: int
+    turned: bool
+    tall: bool
+    blocks: int
 
 
-def _at(errors: "torch.Tensor", layer: Layer, size_bytes: float) -> float:
-    """The error of low rank of so many bytes, between two ranks."""
-    rank = min(size_bytes / layer.value_bytes / sum(layer.weight.shape), len(errors) - 1.001)
-    low = int(rank)
-    return float(errors[low] + (errors[low + 1] - errors[low]) * (rank - low))
+def _interpolated(gains: tuple[tuple[float, float], ...], ratio: float) -> float:
+    """The gain at `ratio`, linear in log ratio between the measured ones; 1 beyond them: no better than low
+    rank."""
+    for (below, low), (above, high) in pairwise(gains):
+        if below <= ratio <= above:
+            return low + (high - low) * log(ratio / below) / log(above / below)
+    return 1.0

@@ -1,4 +1,4 @@
-"""The one training loop: `transformers.Trainer` with our batches, our losses and checkpoints that resume exactly.
+"""The one training loop: `transformers.Trainer`, our batches and losses, and checkpoints that resume exactly.
 
 A run killed anywhere and started again with the same arguments ends with the same bytes as one that was
 left alone (same machine type, threads and versions): the order of batches depends on seed and epoch, the

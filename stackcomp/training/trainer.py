@@ -62,8 +62,8 @@ class Outcome:
 
 
 class LossModule(nn.Module):
-    """The model and its loss as one module: forward gives the loss. A teacher inside the loss is no "
-    "submodule."""
+    """The model and its loss as one module: forward gives the loss. A teacher inside the loss is no
+    submodule."""
 
     def __init__(self, model: nn.Module, loss: Loss, run: Run) -> None:
         super().__init__()

@@ -50,7 +50,10 @@ def test_both_roads_are_taken_and_the_choice_is_one_of_shapes():
     wide, _ = factors(OUT, IN, False)
     layer = linear(wide)
     assert not layer._composes(torch.empty(1, IN))
-    thick = {"basis": store(torch.randn(40, IN), Dense()), "coefficients": store(torch.randn(OUT, 40), Dense())}
+    thick = {
+        "basis": store(torch.randn(40, IN), Dense()),
+        "coefficients": store(torch.randn(OUT, 40), Dense()),
+    }
     layer = linear(thick)
     assert not layer._composes(torch.empty(1, IN))
     assert layer._composes(torch.empty(1000, IN))
@@ -62,7 +65,9 @@ def test_both_roads_are_taken_and_the_choice_is_one_of_shapes():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_factored_in_int8(transposed, dynamic):
     matrices, weight = factors(OUT, IN, transposed)
-    rounded = {name: to_int8(matrix, axis=int(transposed), dynamic=dynamic) for name, matrix in matrices.items()}
+    rounded = {
+        name: to_int8(matrix, axis=int(transposed), dynamic=dynamic) for name, matrix in matrices.items()
+    }
     layer = linear(rounded, transposed)
     x = torch.randn(3, 5, IN)
     with torch.no_grad():

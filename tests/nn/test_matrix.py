@@ -77,7 +77,7 @@ def test_rows(kept):
 
 
 def test_the_padding_row_takes_no_gradient(kept):
-    stored, matrix = kept
+    stored, _ = kept
     stored.take(torch.tensor([0, 5, 5]), padding=5).sum().backward()
     reached = torch.zeros(ROWS, COLS)
     reached[0] = 1
@@ -98,7 +98,10 @@ def test_gradients_are_those_of_the_dense_matrix(kept):
     ):
         stored.zero_grad()
         dense.grad = None
-        x, y = (torch.randn(7, width, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+        x, y = (
+            torch.randn(7, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            for _ in range(2)
+        )
         product(x).square().sum().backward()
         reference(y).square().sum().backward()
         assert torch.allclose(x.grad, y.grad, atol=1e-4)
@@ -135,9 +138,13 @@ def test_int8_products_block_by_block(dynamic):
     down = to_int8(store(matrix, layout, mask), axis=0, dynamic=dynamic)
     up = to_int8(store(matrix, layout, mask), axis=1, dynamic=dynamic)
     exact = torch.einsum("tkc,krc->tkr", x, down.dense().view(3, 4, COLS)).flatten(1)
-    assert (down.project(x.flatten(1), 3) - exact).abs().max() <= (0.05 * exact.abs().max() if dynamic else 1e-4)
+    assert (down.project(x.flatten(1), 3) - exact).abs().max() <= (
+        0.05 * exact.abs().max() if dynamic else 1e-4
+    )
     exact = torch.einsum("tkr,krc->tkc", y, up.dense().view(3, 4, COLS)).flatten(1)
-    assert (up.combine(y.flatten(1), 3) - exact).abs().max() <= (0.05 * exact.abs().max() if dynamic else 1e-4)
+    assert (up.combine(y.flatten(1), 3) - exact).abs().max() <= (
+        0.05 * exact.abs().max() if dynamic else 1e-4
+    )
 
 
 def test_scales_are_what_trains_of_integers(kept):

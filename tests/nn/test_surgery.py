@@ -109,7 +109,10 @@ def test_sparsify_keeps_exactly_the_mask():
     assert isinstance(snn.weights(model)[id_].spec.matrices["weight"].layout, Free)
     low_rank(model, "encoder.layer.0.output.dense", 4)
     snn.sparsify(model, "encoder.layer.0.output.dense", lambda m: m.abs() >= m.abs().median())
-    assert all(isinstance(m.layout, Free) for m in snn.weights(model)["encoder.layer.0.output.dense"].spec.matrices.values())
+    assert all(
+        isinstance(m.layout, Free)
+        for m in snn.weights(model)["encoder.layer.0.output.dense"].spec.matrices.values()
+    )
 
 
 def test_sparsify_in_groups():
@@ -181,7 +184,13 @@ class Twice(BertModel):
 
 def shared_model():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return Twice(BertConfig(**sizes)).eval()
 
 
@@ -243,7 +252,9 @@ def test_bad_values_are_found_and_named(bad):
     snn.check_finite(model)
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight[3, 4] = bad
-    with pytest.raises(BadWeights, match=r"encoder\.layer\.1\.output\.dense: 1 of the 512 values of its weight"):
+    with pytest.raises(
+        BadWeights, match=r"encoder\.layer\.1\.output\.dense: 1 of the 512 values of its weight"
+    ):
         snn.check_finite(model)
 
 

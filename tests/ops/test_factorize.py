@@ -34,9 +34,14 @@ def test_planted_factors_are_found():
     picks = torch.stack([torch.randperm(8, generator=generator)[:2].sort().values for _ in range(96)])
     codes = scatter(picks[:, None], torch.randn(96, 1, 2, generator=generator), 8)
     weight = codes @ torch.randn(8, 12, generator=generator)
-    factors = dense_sparse(weight, atoms=8, nonzeros=2, sweeps=30, seed=1)
-    left = metric_error(weight - factors.product()) / metric_error(weight)
-    assert left < 0.02 < float(rank_errors(weight)[2]) / metric_error(weight)
+    found = [dense_sparse(weight, atoms=8, nonzeros=2, sweeps=40, seed=seed) for seed in range(4)]
+    left = min(metric_error(weight - factors.product()) for factors in found) / metric_error(weight)
+    assert (
+        left < 1e-4
+    )  # some start finds them exactly; every start does far better than two directions for all
+    assert all(
+        metric_error(weight - factors.product()) < 0.5 * float(rank_errors(weight)[2]) for factors in found
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

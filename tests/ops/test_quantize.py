@@ -44,7 +44,9 @@ def test_rounding_error_is_at_most_half_a_step():
     weight = torch.randn(20, 30)
     q, scales = quantize_rows(weight)
     error = (q * scales[:, None] - weight).abs() / scales[:, None]
-    assert error.max() <= 0.501 + (error > 0.501).logical_and(q == 127).any() * 0.5  # the largest one is clamped
+    assert (
+        error.max() <= 0.501 + (error > 0.501).logical_and(q == 127).any() * 0.5
+    )  # the largest one is clamped
 
 
 def test_a_row_of_zeros_stays_zero():

@@ -28,7 +28,9 @@ def test_round_trip_in_exactly_the_bytes_promised(data, rows, blocks, b, seed):
     assert torch.equal(unpack_fixed(packed, layout, rows, blocks), indices)
 
 
-@pytest.mark.parametrize(("b", "s"), [(256, 32), (64, 32), (66, 33), (67, 33), (300, 150), (1000, 3), (61, 60)])
+@pytest.mark.parametrize(
+    ("b", "s"), [(256, 32), (64, 32), (66, 33), (67, 33), (300, 150), (1000, 3), (61, 60)]
+)
 def test_round_trip_on_both_sides_of_a_machine_word(b, s):
     indices = supports(9, 2, b, s)
     indices[0, 0] = torch.arange(s)  # the lowest rank

@@ -137,8 +137,8 @@ def test_tied_weights_are_trained_once_and_stay_tied(tokenizer, tmp_path: Path) 
 
 
 class Scaled(nn.Module):
-    """Stands for a compressed layer: float values and scales, integer indices, and a buffer that shares "
-    "memory."""
+    """Stands for a compressed layer: float values and scales, integer indices, and a buffer that shares
+    memory."""
 
     def __init__(self) -> None:
         super().__init__()
