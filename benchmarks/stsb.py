@@ -2,7 +2,8 @@
 and int8 alone, which any factorization has to beat in bytes.
 
 No label is read and no gradient step is taken. One row a step of each pipeline; the first row is the model as it came,
-whose score is published (82.03 on MTEB), which checks model, data and metric at once.
+whose score is published (82.03 on MTEB), which checks model, data and metric at once. The data come from the hub, or from
+the folder in STACKCOMP_DATA.
 """
 
 import shutil

@@ -7,7 +7,7 @@ load our checkpoints.
 from typing import Any
 
 from stackcomp import _hooks
-from stackcomp.core import errors
+from stackcomp.core import __version__, errors
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact
 from stackcomp.core.ledger import Ledger
@@ -15,7 +15,6 @@ from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.passes import registered
 
-__version__ = "0.1.0"
 __all__ = [
     "Contract",
     "Fact",

@@ -5,11 +5,12 @@ safetensors file; nothing is pickled.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackcomp.core import manifest
+from stackcomp.core import __version__, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.files import copy_atomic, sync_folder, whole_folder, write_atomic
 from stackcomp.core.headers import dense_weights, read_header
@@ -44,10 +45,9 @@ def save(
     Raises OutputInUse when the folder exists and is not empty; whatever fails (a full disk), nothing is left
     behind.
     """
-    from stackcomp import __version__
-
     with whole_folder(Path(directory)) as folder:
-        model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        with _without_bars():
+            model.save_pretrained(folder, max_shard_size=ONE_FILE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         made = ledger(components(folder)) if callable(ledger) else ledger
@@ -75,7 +75,8 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
         raise UnsupportedModel(
             f"{directory}: transformers has no class {wanted!r}; give load(..., auto_class=...)"
         )
-    model, report = cls.from_pretrained(directory, output_loading_info=True)
+    with _without_bars():
+        model, report = cls.from_pretrained(directory, output_loading_info=True)
     problems = {
         "missing": sorted(report["missing_keys"]),
         "unexpected": sorted(report["unexpected_keys"]) if type(model).__name__ == saved else [],
@@ -112,8 +113,6 @@ def publish(source: str | Path, directory: str | Path, *, ledger: Mapping[str, A
 
     The manifest comes last: until then `directory` counts as no checkpoint. Each file is replaced as a whole.
     """
-    from stackcomp import __version__
-
     verify(source)
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
@@ -160,6 +159,20 @@ def _component(name: str, kinds: Mapping[str, str], plain: set[str]) -> str:
         if path in kinds:
             return _OF_TENSOR[attribute]
     return "dense"
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Files of a run are saved and read often: the bars of `transformers` would drown those of the run."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

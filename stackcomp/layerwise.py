@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from stackcomp.ops.whiten import Whitener
 
 
+SENSITIVITY_TEXTS = 512  # gradients cost more than inputs, and rank layers well with fewer texts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of
@@ -148,13 +151,13 @@ class FactorizingPass(Pass):
             assert context.calibration is not None
             assert context.tokenizer is not None
             length = context.task.max_length if context.task is not None else 128
-            text = data.Calibration(
-                context.calibration(self.samples)[: self.samples], context.tokenizer, max_length=length
-            )
+            texts = context.calibration(self.samples)[: self.samples]
+            text = data.Calibration(texts, context.tokenizer, max_length=length)
             moments = text.second_moments(model, modules, progress=context.progress)
             if self.sensitivity:
+                some = data.Calibration(texts[:SENSITIVITY_TEXTS], context.tokenizer, max_length=length)
                 gradients = data.gradient_moments(
-                    text, model, modules, seed=context.seed, progress=context.progress
+                    some, model, modules, seed=context.seed, progress=context.progress
                 )
         layers: dict[str, Layer] = {}
         means: dict[str, torch.Tensor] = {}

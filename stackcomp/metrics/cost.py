@@ -2,7 +2,6 @@
 the names."""
 
 import itertools
-import json
 import statistics
 import threading
 import time
@@ -10,45 +9,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stackcomp.core.errors import CheckpointError, SettingError
+from stackcomp.core.errors import SettingError
+from stackcomp.core.headers import read_header
 
 HEADER = "(header)"
 
 
 def bytes_of_file(path: Path | str) -> dict[str, int]:
-    """Bytes of each tensor of a safetensors file, by name, and of its header
-    under "(header)"; the sum is the file's length.
+    """Bytes of each tensor of a safetensors file, by name, and of its header under "(header)"; they sum to the file's length.
 
-    Reads the header only. Raises `CheckpointError` for a file that is cut short, has bytes no tensor owns,
-    or is none of the format.
+    Reads the header only. Raises `CheckpointError` for a file that is cut short or none of the format.
     """
-    size = Path(path).stat().st_size
-    with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path}: {size} bytes are too few for its own header; the file is cut short"
-            )
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: no safetensors file, its header is not JSON ({error})") from error
-    found = {HEADER: 8 + length}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            found[name] = end - start
-    if sum(found.values()) != size:
-        raise CheckpointError(
-            f"{path}: tensors and header take {sum(found.values())} bytes, and the file has {size}"
-        )
-    return found
+    header, header_bytes = read_header(Path(path))
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {HEADER: header_bytes} | {name: end - start for name, (start, end) in spans.items()}
 
 
 def parameters(model: nn.Module) -> int:
@@ -128,6 +109,16 @@ def latency(
         baseline_dtype=_dtype(baseline),
         device=str(device),
     )
+
+
+def latency_inputs(model: nn.Module, *, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids (batch x length) that the model can read, nothing padded; shorter where the model has fewer positions."""
+    config: Any = model.config
+    length = min(length, getattr(config, "max_position_embeddings", length) - 2)  # RoBERTa counts positions from 2
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
 def _wait(device: torch.device) -> None:

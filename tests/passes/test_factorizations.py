@@ -1,0 +1,154 @@
+"""`LowRank` and `DenseSparse` share their flow: budget, calibration, bias; what differs is which factors come out."""
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import data, nn, ops
+from stackcomp.core.errors import SettingError, UnreachableRatio
+from stackcomp.manager import plan_of
+from tests import toys
+from tests.passes.test_conformance import apply
+
+BLOCKS = "encoder.layer.*"
+BOTH = [sc.LowRank, sc.DenseSparse]
+
+
+@pytest.fixture
+def tokenizer():
+    return toys.tokenizer()
+
+
+@pytest.fixture
+def model():
+    return toys.bert_classifier()
+
+
+def bytes_of(model, ids):
+    return sum(handle.spec.total_bytes for id_, handle in nn.weights(model).items() if id_ in ids)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("ratio", [1.2, 1.5, 2.5])
+@pytest.mark.parametrize("data_aware", [True, False])
+def test_the_ratio_is_kept_with_indices_counted(cls, ratio, data_aware, model, tokenizer, tmp_path):
+    step = cls(ratio=ratio, only=BLOCKS, data_aware=data_aware)
+    ids = plan_of(model).select(only=BLOCKS, skip=None)
+    dense = bytes_of(model, ids)
+    findings = apply(step, model, tokenizer, tmp_path)
+    assert bytes_of(model, ids) <= dense / ratio
+    assert bytes_of(model, ids) >= 0.7 * dense / ratio  # toy layers leave few choices
+    assert set(findings["layers"]) == set(ids)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_ratio_out_of_reach_says_the_largest_before_any_weight_is_read(cls, model):
+    with pytest.raises(UnreachableRatio, match=r"ratio=50 cannot be reached.*the largest is \d") as caught:
+        sc.check(cls(ratio=50.0, only=BLOCKS), model)
+    largest = float(str(caught.value).rsplit(" ", 1)[1])
+    sc.check(cls(ratio=largest - 0.01, only=BLOCKS), model)
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_the_largest_ratio_can_really_be_reached(cls, model, tokenizer, tmp_path):
+    ids = plan_of(model).select(only=BLOCKS, skip=None)
+    dense = bytes_of(model, ids)
+    with pytest.raises(UnreachableRatio) as caught:
+        sc.check(cls(ratio=50.0, only=BLOCKS), model)
+    largest = float(str(caught.value).rsplit(" ", 1)[1]) - 0.01
+    apply(cls(ratio=largest, only=BLOCKS), model, tokenizer, tmp_path)
+    assert bytes_of(model, ids) <= dense / largest
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0, float("nan"), "2"])
+def test_a_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(SettingError, match="ratio="):
+        sc.DenseSparse(ratio=ratio)
+
+
+def test_blocks_that_do_not_divide_name_the_layer(model):
+    with pytest.raises(SettingError, match=r"blocks=5 does not divide the 16 columns of encoder\.layer\.0"):
+        sc.check(sc.DenseSparse(blocks=5, only=BLOCKS), model)
+
+
+@pytest.mark.parametrize("orientation", ["rows", "columns"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_and_orientation_are_what_is_stored(orientation, blocks, tokenizer, tmp_path):
+    model = toys.make("bert", "AutoModelForSequenceClassification", hidden_size=64, intermediate_size=128)
+    apply(
+        sc.DenseSparse(ratio=1.6, only=BLOCKS, orientation=orientation, blocks=blocks),
+        model,
+        tokenizer,
+        tmp_path,
+    )
+    sparse = [
+        handle
+        for handle in nn.weights(model).values()
+        if handle.spec.factored and handle.spec.matrices["coefficients"].layout.kind == "fixed"
+    ]
+    assert sparse
+    for handle in sparse:
+        assert handle.spec.transposed is (orientation == "columns")
+        assert handle.modules[0].blocks == blocks
+
+
+def test_low_rank_is_the_best_of_its_rank_on_the_outputs(model, tokenizer, tmp_path):
+    """No other matrix of the same rank may give a smaller output error on the calibration text than the data-aware one."""
+    id_ = "encoder.layer.0.intermediate.dense"
+    task = toys.classification_task()
+    text = data.Calibration(task.texts("train"), tokenizer, max_length=task.max_length)
+    dense = nn.weights(model)[id_]
+    moment = text.second_moments(model, {id_: dense.modules[0]})[id_]
+    centred = moment.average - torch.outer(moment.mean, moment.mean)
+    weight = dense.dense().clone()
+    apply(
+        sc.LowRank(ratio=1.7, only=id_, sensitivity=False, samples=1000, damping=1e-6),
+        model,
+        tokenizer,
+        tmp_path,
+    )
+    handle = nn.weights(model)[id_]
+    rank = handle.spec.matrices["basis"].rows
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    plain = (u[:, :rank] * s[:rank]) @ v[:rank]
+
+    def error(other):
+        difference = weight - other
+        return float(torch.trace(difference @ centred @ difference.T))
+
+    best = ops.rank_errors(weight, inputs=ops.whitener(centred, damping=1e-6))[rank]
+    assert error(handle.dense()) == pytest.approx(float(best), rel=1e-2)
+    assert error(handle.dense()) < error(plain)
+
+
+def test_the_bias_takes_up_the_mean_error(model, tokenizer, tmp_path):
+    """On the calibration text the mean output of a compressed layer is that of the dense one."""
+    id_ = "encoder.layer.0.intermediate.dense"
+    task = toys.classification_task()
+    text = data.Calibration(task.texts("train"), tokenizer, max_length=task.max_length)
+    before = nn.weights(model)[id_]
+    mean = text.second_moments(model, {id_: before.modules[0]})[id_].mean
+    wanted = before.dense() @ mean + before.modules[0].bias.detach()
+    apply(sc.LowRank(ratio=2.0, only=id_, samples=1000), model, tokenizer, tmp_path)
+    after = nn.weights(model)[id_]
+    torch.testing.assert_close(
+        after.dense() @ mean + after.modules[0].bias.detach(), wanted, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_data_aware_beats_plain_on_the_model_output(tokenizer, tmp_path):
+    errors = {}
+    batch = toys.batch(tokenizer)
+    for aware in (True, False):
+        model = toys.bert_classifier()
+        with torch.no_grad():
+            wanted = model(**batch).logits
+            apply(sc.DenseSparse(ratio=1.5, only=BLOCKS, data_aware=aware), model, tokenizer, tmp_path)
+            errors[aware] = float((model(**batch).logits - wanted).square().sum())
+    assert errors[True] < errors[False]
+
+
+def test_a_layer_too_small_to_gain_is_left_dense_and_the_findings_say_so(model, tokenizer, tmp_path):
+    findings = apply(sc.LowRank(ratio=1.3, only=(BLOCKS, "classifier")), model, tokenizer, tmp_path)
+    assert "too small to gain" in findings["layers"]["classifier"]
+    assert not nn.weights(model)["classifier"].spec.factored

@@ -1,0 +1,111 @@
+"""`FineTune` and `Distill`: they learn, and what earlier passes fixed stays fixed."""
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import metrics, nn
+from stackcomp.core.context import Context
+from stackcomp.core.errors import SettingError
+from tests import toys
+from tests.passes.test_conformance import apply
+
+BLOCKS = "encoder.layer.*"
+
+
+@pytest.fixture
+def tokenizer():
+    return toys.tokenizer()
+
+
+def logits(model, tokenizer):
+    model.eval()
+    with torch.no_grad():
+        return model(**toys.batch(tokenizer)).logits
+
+
+def test_fine_tuning_learns_the_toy_task(tokenizer, tmp_path):
+    model, task = toys.bert_classifier(), toys.classification_task()
+    apply(sc.FineTune(epochs=12, learning_rate=5e-3, batch_size=8), model, tokenizer, tmp_path)
+    assert metrics.evaluate(model, tokenizer, task).value > 85
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(tokenizer, tmp_path):
+    teacher = toys.bert_classifier()
+    wanted = logits(teacher, tokenizer)
+    student = toys.bert_classifier()
+    apply(sc.MagnitudePrune(sparsity=0.7, only=BLOCKS), student, tokenizer, tmp_path)
+    before = (logits(student, tokenizer) - wanted).square().mean()
+
+    context = Context(
+        targets=(),
+        seed=0,
+        scratch=tmp_path,
+        task=toys.classification_task(),
+        tokenizer=tokenizer,
+        teacher=lambda: teacher,
+    )
+    sc.Distill(epochs=10, learning_rate=3e-3, batch_size=8).apply(student, context)
+    assert (logits(student, tokenizer) - wanted).square().mean() < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    "training", [sc.FineTune(steps=3, learning_rate=1e-2), sc.Distill(steps=3, learning_rate=1e-2)]
+)
+@pytest.mark.parametrize(
+    "first",
+    [
+        sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
+        sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
+        sc.DenseSparse(ratio=1.5, only=BLOCKS),
+        sc.Int8Weights(only=BLOCKS),
+        sc.Int8Dynamic(only=BLOCKS),
+    ],
+)
+def test_masks_supports_and_grids_survive(first, training, tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    apply(first, model, tokenizer, tmp_path)
+
+    def fixed():
+        found = {}
+        for name, buffer in model.named_buffers():
+            if name.endswith((".support", ".values")):
+                found[name] = buffer.clone()
+        return found
+
+    before, values = fixed(), {name: part.detach().clone() for name, part in model.named_parameters()}
+    specs = {id_: handle.spec for id_, handle in nn.weights(model).items()}
+    findings = apply(training, model, tokenizer, tmp_path)
+    assert before
+    assert all(torch.equal(buffer, fixed()[name]) for name, buffer in before.items())
+    assert {id_: handle.spec for id_, handle in nn.weights(model).items()} == specs
+    trained = [name for name, part in model.named_parameters() if not torch.equal(part, values[name])]
+    assert any(name.endswith(("values", "scales")) for name in trained)
+    assert ("rounded_weights" in findings) == isinstance(first, sc.Int8Weights | sc.Int8Dynamic)
+
+
+def test_only_and_skip_say_what_learns(tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    apply(sc.FineTune(steps=2, learning_rate=1e-2, skip="embeddings"), model, tokenizer, tmp_path)
+    changed = {name for name, part in model.named_parameters() if not torch.equal(part, before[name])}
+    assert changed
+    assert not any(".embeddings." in name for name in changed)
+    assert any(".encoder." in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "said"),
+    [
+        (sc.Distill, {"temperature": 0.0}, "temperature="),
+        (sc.Distill, {"hidden": -1.0}, "hidden="),
+        (sc.Distill, {"logits": 0.0, "hidden": 0.0}, "one weight must be above 0"),
+        (sc.FineTune, {"steps": 0}, "steps="),
+        (sc.FineTune, {"batch_size": 0}, "batch_size="),
+        (sc.FineTune, {"learning_rate": -1e-3}, "learning_rate="),
+        (sc.FineTune, {"schedule": "square"}, "schedule="),
+    ],
+)
+def test_settings_out_of_range_are_refused(cls, settings, said):
+    with pytest.raises(SettingError, match=said):
+        cls(**settings)
