@@ -7,7 +7,8 @@ load our checkpoints.
 from typing import Any
 
 from stackcomp import _hooks
-from stackcomp.core import __version__, errors
+from stackcomp.core import __version__ as __version__
+from stackcomp.core import errors
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact
 from stackcomp.core.ledger import Ledger

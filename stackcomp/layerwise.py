@@ -64,8 +64,10 @@ class FactorizingPass(Pass):
 
     ratio: dense bytes / stored bytes of all selected weights together, indices counted, at least 1, where 1
     does nothing; data_aware: minimise the error of each layer's outputs on calibration text rather than that
-    of its weights; sensitivity: weigh these outputs by what the model's own output makes of them; samples:
-    calibration texts; damping: share of the mean diagonal that is added to a moment of inputs.
+    of its weights; sensitivity: weigh these outputs by what the model's own output makes of them (gradients,
+    but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
+    added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
+    of at least 1, None for no limit: the predicted error is local, and a layer it calls cheap may not be.
     """
 
     ratio: float = 2.0
@@ -73,6 +75,7 @@ class FactorizingPass(Pass):
     sensitivity: bool = True
     samples: int = 1024
     damping: float = 1e-3
+    spread: float | None = 1.3
 
     idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
 
@@ -81,6 +84,8 @@ class FactorizingPass(Pass):
         within("ratio", self.ratio, 1.0, 10_000.0)
         within("damping", self.damping, 0.0, 1.0, above=True)
         whole("samples", self.samples, 1)
+        if self.spread is not None:
+            within("spread", self.spread, 1.0)
 
     @abstractmethod
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
@@ -120,21 +125,34 @@ class FactorizingPass(Pass):
             for id_, priced in self._price(layers, context).items()
         }
         budget = int(sum(layer.size_bytes for layer in layers.values()) / self.ratio)
+        candidates = self._near(candidates, layers, budget)
         taken = ops.allocate(candidates, budget)
         findings: dict[str, str] = {}
         for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
             choice = taken[id_].choice
             if choice is None:
-                findings[id_] = (
-                    "left dense: the budget is better spent elsewhere"
-                    if len(candidates[id_]) > 1
-                    else "left dense: too small to gain"
-                )
+                findings[id_] = "left dense: too small to gain, or better spent elsewhere"
                 continue
             factors = self._build(layer, choice, context.seed)
             _replace(model, id_, layer, factors, means.get(id_))
             findings[id_] = f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x"
         return {"layers": findings}
+
+    def _near(
+        self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer], budget: int
+    ) -> "dict[str, list[Candidate]]":
+        """The candidates whose own ratio is within `spread` of the ratio of all; a layer that has none is
+        left dense. All candidates where no budget can be kept so."""
+        if self.spread is None:
+            return candidates
+        low, high = self.ratio / self.spread, self.ratio * self.spread
+        near = {
+            id_: [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
+            or options[:1]
+            for id_, options in candidates.items()
+        }
+        least = sum(min(option.size_bytes for option in options) for options in near.values())
+        return near if least <= budget else candidates
 
     def _layers(
         self, model: "torch.nn.Module", context: "Context"

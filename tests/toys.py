@@ -32,7 +32,7 @@ _ENCODER = {
 def _config(family: str, **settings) -> transformers.PretrainedConfig:
     match family:
         case "bert":
-            return transformers.BertConfig(**_ENCODER, **settings)
+            return transformers.BertConfig(**(_ENCODER | settings))
         case "roberta":
             return transformers.RobertaConfig(**_ENCODER, **settings)
         case "mpnet":

@@ -52,7 +52,7 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -
         constraints=[LinearConstraint(belongs, 1, 1), LinearConstraint(sizes[None], ub=1)],
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": RELATIVE_GAP},
+        options={"mip_rel_gap": RELATIVE_GAP, "presolve": False},
     )
     if solution.x is None:
         raise RuntimeError(f"scipy.optimize.milp found no allocation: {solution.message}")

@@ -47,10 +47,11 @@ class DenseSparse(FactorizingPass):
     under one ratio, with low rank (every coefficient kept, no index to store) among the choices, so that
     dense-sparse never loses to it.
 
-    ratio, data_aware, sensitivity, samples, damping: as in every factorization. blocks: blocks of columns,
-    each with a basis of its own; it must divide every selected weight; None takes 4 for square weights and 1
-    for tall ones. orientation: which side the sparse rows run along: "rows" those of W, "columns" those of
-    its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and support updates.
+    ratio, data_aware, sensitivity, samples, damping, spread: as in every factorization. blocks: blocks of
+    columns, each with a basis of its own; it must divide every selected weight; None takes 4 for square
+    weights and 1 for tall ones. orientation: which side the sparse rows run along: "rows" those of W,
+    "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
+    support updates.
 
     Where we differ from the paper: post-training and data-aware (its learned variant is another pass),
     supports are priced and stored at their entropy, and the budget is shared out over layers.

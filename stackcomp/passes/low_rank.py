@@ -23,10 +23,10 @@ class LowRank(FactorizingPass):
     """Replace each selected weight W (n x m) by a product of an n x r and an r x m matrix, r chosen per layer
     under one ratio.
 
-    The settings are those of every factorization: ratio, data_aware, sensitivity, samples, damping. With
-    data_aware the factors are the best of their rank for the layer's outputs, as in DRONE and SVD-LLM. Where
-    we differ: ranks are shared out over layers by the predicted error of the model's output, and a layer's
-    bias takes up the mean of its error.
+    The settings are those of every factorization: ratio, data_aware, sensitivity, samples, damping, spread.
+    With data_aware the factors are the best of their rank for the layer's outputs, as in DRONE and SVD-LLM.
+    Where we differ: ranks are shared out over layers by the predicted error of the model's output, and a
+    layer's bias takes up the mean of its error.
     """
 
     paper: ClassVar[str] = "SVD-LLM, arXiv:2403.07378; FWSVD, arXiv:2207.00112"
