@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint unit docs clean
+.PHONY: demo test lint unit report docs clean
 
 demo: .venv/ready
 	$(BIN)/python pipelines/quickstart.py
@@ -18,8 +18,12 @@ lint: .venv/ready
 unit: .venv/ready
 	$(BIN)/pytest
 
+# Write the figures of docs/results into README and docs.
+report: .venv/ready
+	$(BIN)/python -m benchmarks.report
+
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1; }

@@ -1,6 +1,7 @@
 """What the commands of this package share: options, the working folder, the real model."""
 
 import argparse
+import os
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,6 @@ def pipeline_file(name: str) -> dict[str, Any]:
 
 def packaged_model() -> str:
     """The folder of all-MiniLM-L6-v2, or what STACKCOMP_MODEL names."""
-    import os
-
     return os.environ.get("STACKCOMP_MODEL") or pipeline_file("quickstart")["packaged_model"]()
 
 

@@ -32,6 +32,12 @@ def pipelines(ratios: Sequence[float] = RATIOS) -> Iterator[tuple[float, sc.Pipe
     for ratio in ratios:
         for factorize in (sc.LowRank, sc.DenseSparse):
             yield ratio, sc.Pipeline(factorize(ratio=ratio, only=BLOCKS), rounding)
+        yield ratio, sc.Pipeline(sc.LowRank(ratio=ratio, only=BLOCKS, spread=None), rounding)
+
+
+def method(first: sc.Pass) -> str:
+    """What the tables call the first pass: low rank is given its budget both ways, near the ratio of all and free."""
+    return f"{first.name} (free budget)" if getattr(first, "spread", 0) is None else first.name
 
 
 def run(
@@ -69,7 +75,7 @@ def run(
         common = {**stamp(pipeline, seed), "limit": limit, "task": task.name}
         for step, key in enumerate(["dense", *keys]):
             said = {
-                "method": passes[0].name if step else "dense",
+                "method": method(passes[0]) if step else "dense",
                 "ratio": ratio if step else 1.0,
                 "int8": step > 0 and isinstance(passes[step - 1], sc.Int8Weights),
             }

@@ -71,7 +71,7 @@ def stsb(rows: Sequence[Row]) -> str:
 
 
 def _spoken(method: str) -> str:
-    return {"DenseSparse": "dense-sparse", "LowRank": "low rank"}.get(method, method)
+    return method.replace("DenseSparse", "dense-sparse").replace("LowRank", "low rank")
 
 
 def _side(row: Row) -> list[str]:

@@ -142,13 +142,14 @@ def pairs() -> str:
     """Which pass may follow which, by their contracts, on a plain dense BERT."""
     plan = headers.plain("bert")
     known = {name: cls() for name, cls in registered().items()}
-    cells, reasons = [], []
+    cells: list[list[str]] = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for first, before in known.items():
         line = [f"**{first}**"]
         for second, after in known.items():
             line.append("yes" if contract.legal([before, after], plan) else "no")
             if line[-1] == "no":
-                reasons.append(f"- {first} → {second}: {_reason([before, after])}")
+                reasons.setdefault((second, _reason([before, after])), []).append(first)
         cells.append(line)
     return "\n\n".join(
         [
@@ -156,9 +157,12 @@ def pairs() -> str:
             "Which pass may follow which on the same weights, each with its default settings: worked out from the "
             "contracts, on a plain dense BERT. The row runs first. There is no such table in the code. Every pair that "
             "says yes is run by the tests on a small model.",
-            tables.table(["first \\ then", *known], cells),
+            tables.table(["first \\ then", *known], cells, left=1 + len(known)),
             "## Why not",
-            "\n".join(reasons) or "Every pair is legal.",
+            "\n".join(
+                f"- **{second}** after {', '.join(firsts)}: {reason}."
+                for (second, reason), firsts in reasons.items()
+            ),
             "On *different* weights (`only=`, `skip=`) any two passes may follow each other.",
         ]
     )

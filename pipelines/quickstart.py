@@ -19,11 +19,11 @@ import stackcomp as sc
 
 BLOCKS = "encoder.layer.*"
 GLUE = os.environ.get("STACKCOMP_GLUE")
-task = sc.tasks.glue(GLUE) if GLUE else sc.tasks.movie_reviews("rotten_tomatoes")
+task = sc.tasks.glue(GLUE) if GLUE else sc.tasks.movie_reviews("rotten_tomatoes", selection=1000, test=1000)
 
 pipeline = sc.Pipeline(
-    sc.DenseSparse(ratio=2.8, only=BLOCKS),
-    sc.Distill(epochs=2),
+    sc.DenseSparse(ratio=2.8, only=BLOCKS, samples=512),
+    sc.Distill(steps=120, learning_rate=5e-5, skip="embeddings"),
     sc.Int8Weights(only=(BLOCKS, "embeddings.word_embeddings")),
 )
 
@@ -32,7 +32,9 @@ def model() -> Path:
     """The fine-tuned classifier that the pipeline compresses; made once, then kept under out/."""
     base = os.environ.get("STACKCOMP_MODEL") or packaged_model()
     tuned = Path("out") / f"fine-tuned-{Path(base).name}-{task.name.replace('/', '-')}"
-    sc.PassManager(out=tuned, task=task, tokenizer=base).run(base, sc.FineTune(epochs=2), resume=True)
+    sc.PassManager(out=tuned, task=task, tokenizer=base).run(
+        base, sc.FineTune(epochs=1.25, learning_rate=1.5e-4, skip="embeddings"), resume=True
+    )
     return tuned
 
 

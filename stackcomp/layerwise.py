@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stackcomp.ops.whiten import Whitener
 
 
-SENSITIVITY_TEXTS = 512  # gradients cost more than inputs, and rank layers well with fewer texts
+SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers well with fewer texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class FactorizingPass(Pass):
     ratio: float = 2.0
     data_aware: bool = True
     sensitivity: bool = True
-    samples: int = 1024
+    samples: int = 2048
     damping: float = 1e-3
     spread: float | None = 1.3
 

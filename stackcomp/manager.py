@@ -11,6 +11,7 @@ says is what a user loads, and a resumed run cannot differ from one that was nev
 
 import gc
 import json
+import logging
 import shutil
 import sys
 import time
@@ -141,6 +142,7 @@ class PassManager:
         """
         from stackcomp import nn
 
+        _hush()
         source = self._module(model)
         plans = contract.predict(pipeline.flat(), plan_of(source))
         tokenizer = self._tokenizer()
@@ -332,7 +334,7 @@ class _Run:
 
     def _make(self, step: int, mark: str) -> None:
         """Run the pass of `step` on the files before it and save; step 0 saves the model as it came."""
-        from stackcomp import checkpoint
+        from stackcomp import checkpoint, nn
         from stackcomp.metrics.cost import PeakMemory
 
         if step:
@@ -355,7 +357,7 @@ class _Run:
             seconds=time.perf_counter() - start,
             peak_memory_bytes=memory.peak_bytes,
             components={},
-            layer_bytes=self._layer_bytes(model),
+            layer_bytes=0,
             findings=findings,
             machine=self._machine,
         )
@@ -363,7 +365,15 @@ class _Run:
             model,
             self._folder(step),
             tokenizer=self.tokenizer,
-            recipe={"pipeline": repr(Pipeline(*self.passes[:step])), "seed": self.manager.seed},
+            recipe={
+                "pipeline": repr(Pipeline(*self.passes[:step])),
+                "seed": self.manager.seed,
+                "linear_bytes": {
+                    id_: handle.spec.total_bytes
+                    for id_, handle in nn.weights(model).items()
+                    if handle.spec.kind == "linear"
+                },
+            },
             ledger=lambda sizes: Ledger((replace(row, components=sizes),)).to_json(),
         )
         shutil.rmtree(self._scratch(step), ignore_errors=True)
@@ -470,21 +480,22 @@ class _Run:
         return self.out / "scratch" / f"{step:02d}"
 
     def _row(self, step: int) -> Row:
+        """The row that `_make` wrote, with the bytes of the layers that some pass of *this* pipeline changes."""
         from stackcomp.core import ledger
 
-        return ledger.read((self._folder(step) / "ledger.json").read_text("utf8")).rows[0]
+        row = ledger.read((self._folder(step) / "ledger.json").read_text("utf8")).rows[0]
+        stored = json.loads((self._folder(step) / "recipe.json").read_text("utf8"))["linear_bytes"]
+        return replace(row, layer_bytes=sum(stored.get(id_, 0) for id_ in self._touched))
 
-    def _layer_bytes(self, model: "PreTrainedModel") -> int:
-        """Bytes of the weights that some pass of the pipeline changes."""
-        from stackcomp import nn
-
-        touched = {
+    @cached_property
+    def _touched(self) -> set[str]:
+        """Ids of the weights that some pass of the pipeline changes."""
+        return {
             id_
             for item, plan in zip(self.passes, self.plans, strict=False)
             if not item.contract.trains
             for id_ in plan.select(only=item.only, skip=item.skip)
         }
-        return sum(handle.spec.total_bytes for id_, handle in nn.weights(model).items() if id_ in touched)
 
     @property
     def _progress(self) -> Progress:
@@ -509,6 +520,12 @@ class _Run:
 
         checkpoint.publish(self._folder(len(self.passes)), self.out, ledger=ledger.to_json())
         shutil.rmtree(self.out / "scratch", ignore_errors=True)
+
+
+def _hush() -> None:
+    """Keep what torchao says of missing GPU libraries when transformers imports it out of a run's messages."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":

@@ -1,7 +1,7 @@
 """The ledger: one row a pass, every figure measured on the checkpoint as it was reloaded.
 
 Sizes are bytes of the saved weights file, by component, and sum to its length. *compression* is the whole
-file's, dense / compressed; *layer compression* counts only the weights that a pass of the pipeline changes
+file's, dense / compressed; *layer compression* counts only the linear weights that a pass of the pipeline changes
 (`encoder compression` when these are the encoder).
 """
 

@@ -91,9 +91,19 @@ def dense_sparse(
         solver.solve_support()
         solver.solve_values(CONJUGATE_STEPS)
     solver.solve_basis()
+    balance = _balance(solver.values, solver.basis)
     return DenseSparseFactors(
-        basis=solver.basis, support=solver.support, values=solver.values, transposed=transposed
+        basis=solver.basis * balance,
+        support=solver.support,
+        values=solver.values / balance,
+        transposed=transposed,
     )
+
+
+def _balance(values: Tensor, basis: Tensor) -> Tensor:
+    """The factor that gives both sides the same mean square: an optimizer that takes equal steps then trains both equally."""
+    energies = [part.square().mean().clamp_min(torch.finfo(part.dtype).tiny) for part in (values, basis)]
+    return (energies[0] / energies[1]) ** 0.25
 
 
 def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int) -> None:
