@@ -245,10 +245,15 @@ def test_a_full_disk_leaves_nothing_half_written_and_resumes(model, tokenizer, t
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-KILLED = """ import sys, torch torch.set_num_threads(1) import stackcomp as sc from tests import toys from
-tests.passes.test_conformance import manager stack = sc.Pipeline(sc.LowRank(ratio=1.5), sc.Distill(steps=12,
-batch_size=4, save_every=2, dropout=True), sc.Int8Weights()) manager(sys.argv[1],
-toys.tokenizer()).run(toys.bert_classifier(), stack, resume=True)
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+import stackcomp as sc
+from tests import toys
+from tests.passes.test_conformance import manager
+distill = sc.Distill(steps=12, batch_size=4, save_every=2, dropout=True)
+stack = sc.Pipeline(sc.LowRank(ratio=1.5), distill, sc.Int8Weights())
+manager(sys.argv[1], toys.tokenizer()).run(toys.bert_classifier(), stack, resume=True)
 """
 
 
