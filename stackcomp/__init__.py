@@ -4,7 +4,7 @@ Importing the package is light: torch is imported when first used. Importing it 
 load our checkpoints.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackcomp import _hooks
 from stackcomp.core import __version__ as __version__
@@ -15,6 +15,11 @@ from stackcomp.core.ledger import Ledger
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.passes import registered
+
+if TYPE_CHECKING:  # what __getattr__ gives
+    from stackcomp.checkpoint import load
+    from stackcomp.data import tasks
+    from stackcomp.manager import PassManager, check
 
 __all__ = [
     "Contract",

@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if isinstance(found["model"], str | Path):
         check(pipeline, found["model"])
-    model = (
+    model: Any = (
         found["model"]()
         if callable(found["model"]) and not hasattr(found["model"], "forward")
         else found["model"]

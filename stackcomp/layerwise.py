@@ -21,6 +21,7 @@ from stackcomp.core.spec import VALUE_BYTES
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
     from stackcomp.ops.allocate import Candidate
@@ -109,7 +110,7 @@ class FactorizingPass(Pass):
                 f"{self.name}: ratio={self.ratio:g} cannot be reached on these {len(weights)} weights: the largest is {dense / least:.2f}"
             )
 
-    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.ratio == 1.0:
             return {}
         layers, means = self._layers(model, context)
@@ -155,7 +156,7 @@ class FactorizingPass(Pass):
         return near if least <= budget else candidates
 
     def _layers(
-        self, model: "torch.nn.Module", context: "Context"
+        self, model: "PreTrainedModel", context: "Context"
     ) -> "tuple[dict[str, Layer], dict[str, torch.Tensor]]":
         """The selected weights with their metrics, and the mean input of those whose bias can take up a mean
         error."""
@@ -200,7 +201,7 @@ class FactorizingPass(Pass):
 
 
 def _replace(
-    model: "torch.nn.Module",
+    model: "PreTrainedModel",
     id_: str,
     layer: Layer,
     factors: "DenseSparseFactors",
@@ -220,5 +221,6 @@ def _replace(
     )
     if mean is not None:
         (module,) = nn.weights(model)[id_].modules
+        bias: Any = module.bias
         with torch.no_grad():
-            module.bias += ((layer.weight - factors.product()) @ mean).to(module.bias)
+            bias += ((layer.weight - factors.product()) @ mean).to(bias)

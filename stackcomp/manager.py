@@ -24,7 +24,6 @@ from stackcomp.core.plan import Plan
 from stackcomp.run import Measuring, Result, Run, plan_of
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stackcomp.data.tasks import Task
@@ -33,7 +32,7 @@ FORMAT = 1
 RUN_FILE = "run.json"
 
 
-def check(pipeline: Pipeline | Pass, model: "torch.nn.Module | str | Path | None" = None) -> list[Plan]:
+def check(pipeline: Pipeline | Pass, model: "PreTrainedModel | str | Path | None" = None) -> list[Plan]:
     """Judge a whole pipeline without reading a weight; returns the plans before the first pass and after
     each.
 
@@ -73,7 +72,7 @@ class PassManager:
     progress: Progress | None = None
 
     def run(
-        self, model: "torch.nn.Module | str | Path", pipeline: Pipeline | Pass, *, resume: bool = False
+        self, model: "PreTrainedModel | str | Path", pipeline: Pipeline | Pass, *, resume: bool = False
     ) -> Result:
         """Check, then run `pipeline` on `model` (never changed) and leave checkpoint, recipe and ledger in
         `out`.
@@ -108,7 +107,7 @@ class PassManager:
                 progress=self.progress,
             ).go()
 
-    def _module(self, model: "torch.nn.Module | str | Path") -> "PreTrainedModel":
+    def _module(self, model: "PreTrainedModel | str | Path") -> "PreTrainedModel":
         """The model in memory; a path or hub name is loaded, with the head of the task where there is one."""
         from transformers import PreTrainedModel
 

@@ -30,7 +30,6 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stackcomp.data.tasks import Task
@@ -309,7 +308,8 @@ class Run:
     # small parts
 
     def _load(self, step: int) -> "PreTrainedModel":
-        return checkpoint.load(self._folder(step)).to(self.device)
+        model: Any = checkpoint.load(self._folder(step))
+        return model.to(self.device)
 
     def _folder(self, step: int) -> Path:
         name = "dense" if step == 0 else self.passes[step - 1].slug
@@ -357,7 +357,7 @@ class Run:
         shutil.rmtree(self.out / "scratch", ignore_errors=True)
 
 
-def plan_of(model: "torch.nn.Module") -> Plan:
+def plan_of(model: "PreTrainedModel") -> Plan:
     """The plan of a model in memory. Raises NothingToCompress when it has no linear layer."""
     plan = Plan.of(handle.spec for handle in nn.weights(model).values())
     if not any(weight.kind == "linear" for weight in plan.weights):

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stackcomp.data.tasks import Task
 
@@ -40,6 +39,6 @@ class Context:
     device: str = "cpu"
     task: "Task | None" = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    teacher: "Callable[[], nn.Module] | None" = None
+    teacher: "Callable[[], PreTrainedModel] | None" = None
     calibration: "Callable[[int], Sequence[Any]] | None" = None
     progress: Progress = quiet

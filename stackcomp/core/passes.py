@@ -17,7 +17,7 @@ from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.selection import Globs, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
 
@@ -83,7 +83,7 @@ class Pass(ABC):
         del weights  # most settings fit every weight
 
     @abstractmethod
-    def apply(self, model: "nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         """Change the weights `context.targets` of `model` in place; return what the ledger should keep."""
 
     def flat(self) -> "tuple[Pass, ...]":

@@ -1,14 +1,8 @@
-"""Tasks, batches and calibration text. Loads its modules when a name of theirs is first used."""
+"""Tasks, batches and calibration text. Loads its modules when a name of theirs is first used.
+
+What it offers is listed in the stub beside this file, and imported when first used.
+"""
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submodules=["tasks"],
-    submod_attrs={
-        "batches": ["Collator", "LengthBatches", "inference_batches"],
-        "calibration": ["Calibration", "CrossMoment", "SecondMoment"],
-        "sensitivity": ["gradient_moments"],
-        "sources": ["Files", "Hub", "Package", "Rows", "Source"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -56,7 +56,8 @@ def gradient_moments(
                         continue
                     real = _real(gradient, batch["attention_mask"].bool()).float()
                     moment, tokens[name] = real.T @ real, tokens[name] + len(real)
-                    sums[name] = moment if sums[name] is None else sums[name] + moment
+                    before = sums[name]
+                    sums[name] = moment if before is None else before + moment
     return {name: None if total is None else total / tokens[name] for name, total in sums.items()}
 
 

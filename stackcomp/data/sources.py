@@ -165,7 +165,8 @@ def _load_hub(source: Hub, folder: str | None) -> "dict[str, Dataset]":
 
         try:
             with _quiet():
-                loaded = dict(datasets.load_dataset(source.path, source.config))
+                fetched: Any = datasets.load_dataset(source.path, source.config)
+                loaded = dict(fetched)
         except (OSError, ValueError) as error:
             way_out = (
                 f"; or set {DATA_FOLDER_VARIABLE} to a folder that holds {source.local}"
@@ -185,15 +186,16 @@ def _load_hub(source: Hub, folder: str | None) -> "dict[str, Dataset]":
 
 
 def _load_files(kind: str, paths: Mapping[str, Iterable[str]]) -> "dict[str, Dataset]":
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    options = {"sep": "\t"} if all(str(p).endswith(".tsv") for part in paths.values() for p in part) else {}
+    tabs = all(str(p).endswith(".tsv") for part in paths.values() for p in part)
+    options: dict[str, Any] = {"sep": "\t"} if tabs else {}
     try:
         with _quiet():
-            return dict(
-                datasets.load_dataset(kind, data_files={k: list(v) for k, v in paths.items()}, **options)
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            loaded: Any = load_dataset(kind, data_files={k: list(v) for k, v in paths.items()}, **options)
+            return dict(loaded)
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(f"{kind} files {sorted(paths)} cannot be read: {error}") from error
 
 

@@ -132,12 +132,17 @@ class DenseSparse(FactorizingPass):
         return [candidate for candidate in candidates if candidate.choice.get("rank") != 0]
 
     def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
-        metric = {"inputs": layer.inputs, "outputs": layer.outputs}
-        if "rank" in choice:
-            return ops.dense_sparse(layer.weight, atoms=choice["rank"], nonzeros=choice["rank"], **metric)
-        turned = self._form(*layer.weight.shape).turned
+        low_rank = "rank" in choice
         return ops.dense_sparse(
-            layer.weight, **choice, **metric, transposed=turned, sweeps=self.sweeps, seed=seed
+            layer.weight,
+            atoms=choice["rank"] if low_rank else choice["atoms"],
+            nonzeros=choice["rank"] if low_rank else choice["nonzeros"],
+            blocks=1 if low_rank else choice["blocks"],
+            transposed=not low_rank and self._form(*layer.weight.shape).turned,
+            inputs=layer.inputs,
+            outputs=layer.outputs,
+            sweeps=self.sweeps,
+            seed=seed,
         )
 
     def _form(self, rows: int, cols: int) -> "_Form":

@@ -9,7 +9,7 @@ from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
 
@@ -33,7 +33,7 @@ class Int8Weights(Pass):
             requires=facts(Fact.FLOAT), adds=facts(Fact.INT8), removes=facts(Fact.FLOAT, Fact.TRAINABLE)
         )
 
-    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         for id_ in context.progress(context.targets, label="rounding"):
             nn.quantize(model, id_, dynamic=False)
         return {}

@@ -15,6 +15,7 @@ from stackcomp.core.settings import within
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
 
@@ -69,7 +70,7 @@ class MagnitudePrune(Pass):
                     f"give another pattern or skip={weight.id!r}"
                 )
 
-    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.sparsity == 0:
             return {}
         for id_ in context.progress(context.targets, label="pruning"):

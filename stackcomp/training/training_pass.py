@@ -16,7 +16,7 @@ from stackcomp.core.settings import whole
 from stackcomp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
     from stackcomp.training.losses import Loss
@@ -68,7 +68,7 @@ class TrainingPass(Pass):
     def _loss(self, context: "Context") -> "Loss":
         """What to minimise."""
 
-    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         from stackcomp import training
 
         if self.epochs == 0:

@@ -1,0 +1,13 @@
+from . import tasks as tasks
+from .batches import Collator as Collator
+from .batches import LengthBatches as LengthBatches
+from .batches import inference_batches as inference_batches
+from .calibration import Calibration as Calibration
+from .calibration import CrossMoment as CrossMoment
+from .calibration import SecondMoment as SecondMoment
+from .sensitivity import gradient_moments as gradient_moments
+from .sources import Files as Files
+from .sources import Hub as Hub
+from .sources import Package as Package
+from .sources import Rows as Rows
+from .sources import Source as Source

@@ -1,0 +1,12 @@
+from .cost import Latency as Latency
+from .cost import PeakMemory as PeakMemory
+from .cost import bytes_of_file as bytes_of_file
+from .cost import latency as latency
+from .cost import latency_inputs as latency_inputs
+from .cost import macs as macs
+from .cost import parameters as parameters
+from .quality import Difference as Difference
+from .quality import Score as Score
+from .quality import embed as embed
+from .quality import evaluate as evaluate
+from .quality import paired_difference as paired_difference
