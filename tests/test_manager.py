@@ -35,16 +35,6 @@ from tests.passes.test_conformance import manager
 STACK = sc.Pipeline(sc.MagnitudePrune(sparsity=0.5), sc.Distill(steps=3, batch_size=4), sc.Int8Weights())
 
 
-@pytest.fixture
-def tokenizer():
-    return toys.tokenizer()
-
-
-@pytest.fixture
-def model():
-    return toys.bert_classifier()
-
-
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 

@@ -62,16 +62,6 @@ def step(request):
     return quick(PASSES[request.param])
 
 
-@pytest.fixture
-def tokenizer():
-    return toys.tokenizer()
-
-
-@pytest.fixture
-def model():
-    return toys.bert_classifier()
-
-
 def test_settings_round_trip(step):
     assert sc.parse(repr(step)).flat() == (step,)
     assert hash(sc.parse(repr(step)).flat()[0]) == hash(step)

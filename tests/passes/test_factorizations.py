@@ -14,16 +14,6 @@ BLOCKS = "encoder.layer.*"
 BOTH = [sc.LowRank, sc.DenseSparse]
 
 
-@pytest.fixture
-def tokenizer():
-    return toys.tokenizer()
-
-
-@pytest.fixture
-def model():
-    return toys.bert_classifier()
-
-
 def bytes_of(model, ids):
     return sum(handle.spec.total_bytes for id_, handle in nn.weights(model).items() if id_ in ids)
 

@@ -13,11 +13,6 @@ from tests.passes.test_conformance import apply
 BLOCKS = "encoder.layer.*"
 
 
-@pytest.fixture
-def tokenizer():
-    return toys.tokenizer()
-
-
 @pytest.mark.filterwarnings("ignore")  # torchao's own
 @pytest.mark.parametrize(
     ("step", "config"),

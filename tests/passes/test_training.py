@@ -13,11 +13,6 @@ from tests.passes.test_conformance import apply
 BLOCKS = "encoder.layer.*"
 
 
-@pytest.fixture
-def tokenizer():
-    return toys.tokenizer()
-
-
 def logits(model, tokenizer):
     model.eval()
     with torch.no_grad():
