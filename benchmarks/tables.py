@@ -94,7 +94,11 @@ def _against_low_rank(found: dict[Any, Row]) -> list[str]:
     gains = []
     for ratio in sorted({ratio for ratio, method, _ in found if method == "DenseSparse"}):
         ours = found.get((ratio, "DenseSparse", False))
-        theirs = [found[key]["score"] for key in found if key[0] == ratio and key[1].startswith("LowRank") and not key[2]]
+        theirs = [
+            found[key]["score"]
+            for key in found
+            if key[0] == ratio and key[1].startswith("LowRank") and not key[2]
+        ]
         if ours and theirs:
             gains.append(f"{ours['score'] - max(theirs):+.2f} at {ratio:g}x")
     return [f"Dense-sparse minus the better low rank, before rounding: {', '.join(gains)}."] if gains else []
