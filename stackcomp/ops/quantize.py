@@ -81,8 +81,10 @@ class _Int8Linear(torch.autograd.Function):
 
 def _sums(integers: Tensor, q: Tensor) -> Tensor:
     """integers q^T, summed exactly. On other devices than the CPU `_int_mm` takes only some shapes, so
-    doubles stand in there.
+    doubles stand in there; with a single column it reads uninitialised memory (torch 2.13), and nothing is to sum.
     """
+    if integers.shape[1] == 1:
+        return integers.int() * q.t().int()
     if integers.device.type == "cpu":
         return torch._int_mm(integers, q.t())
     return (integers.double() @ q.double().t()).float()

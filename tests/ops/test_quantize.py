@@ -100,3 +100,16 @@ def test_weight_only_gradients():
     int8_weight_linear(x, q, scales).backward(grad)
     assert torch.allclose(x.grad, grad @ (q * scales[:, None]).detach(), atol=1e-5)
     assert torch.allclose(scales.grad, (grad * (x.detach() @ q.float().t())).sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+@pytest.mark.parametrize("columns", [1, 2, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_sums_are_exact_on_odd_shapes(tokens, columns, rows):
+    generator = torch.Generator().manual_seed(tokens + columns)
+    x = torch.randn(tokens, columns, generator=generator)
+    q = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    integers, steps = quantize_rows(x)
+    wanted = (integers.long() @ q.t().long()).float() * steps[:, None] * 0.5
+    for _ in range(3):  # uninitialised memory differs from call to call
+        assert torch.equal(int8_linear(x, q, torch.full((rows,), 0.5)), wanted)
