@@ -17,7 +17,7 @@ from typing import Any
 
 from stackcomp.core.passes import Pass
 
-LIBRARIES = ("torch", "transformers", "datasets", "numpy", "scipy", "torchao")
+LIBRARIES = ("torch", "transformers", "datasets", "numpy", "scipy")
 
 
 def digest(value: Any) -> str:
