@@ -16,11 +16,12 @@ from stackcomp import checkpoint, nn
 from stackcomp.core import contract, headers
 from stackcomp.core.context import Progress
 from stackcomp.core.contract import Need
-from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty, UnsupportedModel
+from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty, SettingError, UnsupportedModel
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
+from stackcomp.core.settings import whole
 from stackcomp.run import Measuring, Result, Run, plan_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class PassManager:
         holds something else.
         """
         _hush()
+        self._check_types(pipeline)
         source = self._module(model)
         plans = contract.predict(pipeline.flat(), plan_of(source))
         tokenizer = self._tokenizer()
@@ -106,6 +108,22 @@ class PassManager:
                 calibration=self.calibration,
                 progress=self.progress,
             ).go()
+
+    def _check_types(self, pipeline: Any) -> None:
+        """Refuse what a typo gives: a task by name, a pass class, a path where none belongs."""
+        from stackcomp.data.task import Task
+
+        if not isinstance(pipeline, Pipeline | Pass):
+            raise SettingError(
+                f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())"
+            )
+        if self.task is not None and not isinstance(self.task, Task):
+            raise SettingError(f"task={self.task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
+        if not isinstance(self.out, str | Path) or not str(self.out):
+            raise SettingError(f"out={self.out!r} is no folder: give a path")
+        if self.calibration is not None and (isinstance(self.calibration, str) or not self.calibration):
+            raise SettingError(f"calibration={self.calibration!r} is no list of texts: give at least one")
+        whole("seed", self.seed, 0, 2**63 - 1)
 
     def _module(self, model: "PreTrainedModel | str | Path") -> "PreTrainedModel":
         """The model in memory; a path or hub name is loaded, with the head of the task where there is one."""

@@ -120,6 +120,23 @@ def test_needs_are_checked_first(model, tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "pipeline", "said"),
+    [
+        ({"task": "sst2"}, sc.Int8Weights(), "task='sst2' is no task"),
+        ({}, sc.Int8Weights, "is no pipeline"),
+        ({"out": 3}, sc.Int8Weights(), "out=3 is no folder"),
+        ({"calibration": []}, sc.Int8Weights(), "is no list of texts"),
+        ({"seed": -1}, sc.Int8Weights(), "seed=-1"),
+        ({"tokenizer": "no/such/folder"}, sc.Int8Weights(), "holds no tokenizer"),
+    ],
+)
+def test_wrong_types_are_refused_before_anything_is_written(settings, pipeline, said, model, tmp_path):
+    with pytest.raises(sc.errors.StackcompError, match=said):
+        sc.PassManager(**{"out": tmp_path / "out", **settings}).run(model, pipeline)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unlabelled_data_are_refused_before_the_first_pass(model, tokenizer, tmp_path):
     task = toys.classification_task(labelled=False)
     run = sc.PassManager(out=tmp_path / "out", task=task, tokenizer=tokenizer)
