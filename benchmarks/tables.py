@@ -164,7 +164,7 @@ def brought(found: Ledger) -> str:
                 after.name,
                 f"{(before.size_bytes - after.size_bytes) / 1e6:.2f} MB",
                 _change(then.score, now.score, "+.2f"),
-                _change(then.latency_ms, now.latency_ms, "+.1f", " ms"),
+                _change(then.latency_ratio, now.latency_ratio, "+.2f", "x of dense"),
                 f"{after.seconds:.0f} s",
             ]
         )
