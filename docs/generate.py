@@ -204,9 +204,10 @@ def results() -> str:
             "From `docs/results/*.jsonl`, by the commands named below. Every row there holds the exact declaration, seed, "
             "versions and machine. Numbers that are worse or slower than hoped stand as they are.",
             "## Sentence similarity, post-training",
-            "All-MiniLM-L6-v2 on the test set of the STS benchmark. No labels, no training (gradients of the model's own output on calibration text say which errors matter, for both methods); calibration text from the "
+            "All-MiniLM-L6-v2 on the test set of the STS benchmark. No labels, no training; calibration text from the "
             "training split. Published for this model: 82.03. *encoder* counts the factorized layers, indices and scales "
-            "included; *file* is the whole file, half of which is word embeddings that no pass touches here.",
+            "included; *file* is the whole file, half of which is word embeddings that no pass touches here. "
+            "For both factorizations, gradients of the model's own output on the calibration text say which errors matter.",
             picture("stsb"),
             tables.stsb(REPORT.rows("stsb")),
             "## A stack of three, in every order",
