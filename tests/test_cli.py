@@ -93,3 +93,43 @@ def test_light_commands_import_neither_torch_nor_transformers_and_are_quick(tmp_
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 5
+
+
+RUN = """
+import stackcomp as sc
+from tests import toys
+task = toys.classification_task()
+tokenizer = toys.tokenizer()
+pipeline = sc.Pipeline(sc.MagnitudePrune(), sc.Int8Weights())
+
+
+def model():
+    return toys.bert_classifier()
+"""
+
+
+def test_run_leaves_a_model_that_show_explains_and_resume_continues(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["run", file(tmp_path, RUN), "--out", str(out), "--seed", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 Int8Weights" in printed
+    assert f"stackcomp.load({str(out)!r})" in printed
+    assert main(["run", file(tmp_path, RUN), "--out", str(out)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    weights = (out / "model.safetensors").read_bytes()
+    assert main(["run", file(tmp_path, RUN), "--out", str(out), "--seed", "7", "--resume"]) == 0
+    assert (out / "model.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    assert main(["show", str(out), "--json"]) == 0
+    ledger = json.loads(capsys.readouterr().out)
+    assert [row["seed"] for row in ledger["rows"]] == [7, 7, 7]
+    assert ledger["rows"][-1]["size_bytes"] == len(weights)
+
+
+def test_a_full_disk_is_said_with_the_way_out(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["run", file(tmp_path, RUN), "--out", str(tmp_path / "out")]) == 1
+    assert "the disk is full" in capsys.readouterr().err
