@@ -15,8 +15,9 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# The models of the tests are tiny: more threads only wait for each other.
 unit: .venv/ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # Write the figures of docs/results into README and docs.
 report: .venv/ready
