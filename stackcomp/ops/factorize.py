@@ -2,18 +2,19 @@
 
     W ~ S D,  block of columns by block of columns: W_j ~ S_j D_j
 
-Letters: W has n rows and m columns, cut into k blocks of g = m / k columns; a block has b atoms, D_j (b x g); every row of S_j (n x b)
-keeps s non-zeros. Transposed: the factorized matrix is W^T, and n and m here count *its* rows and columns.
+Letters: W has n rows and m columns, cut into k blocks of g = m / k columns; a block has b atoms, D_j (b x g), in q groups; every row of
+S_j (n x b) keeps s non-zeros of each group (q = 1: s of b free; s = 1: one of each group, cheaper to index). a = k b atoms in all.
+Transposed: the factorized matrix is W^T, and n and m here count *its* rows and columns.
 
 The error that is minimised is tr(P (W - S D) Q (W - S D)^T). Q, the metric of the columns, is whitened away exactly. P, the metric of the
-rows, ties the rows of S to one another; without P they are independent. For W itself Q is the moment of the layer's inputs and P that
-of the gradients at its outputs; transposed they trade places.
+rows, ties the rows of S to one another; without P they are independent, and without Q the blocks are too: then they are p = k problems
+solved side by side, otherwise p = 1.
 
-A sweep has three parts, none of which raises the error:
+A sweep has two parts, neither of which raises the error:
 1. D given S: linear least squares.
-2. The support, a few rows at a time, the others held (block coordinate descent): the part of P between those few rows is bounded by its
-   diagonal times its largest eigenvalue, which makes them independent, and each swaps atoms (`sparse_coding.swap`).
-3. All values together given the support and D: conjugate gradients, preconditioned by each row's own normal equations.
+2. S given D. Independent rows exchange atoms and solve their values by matrix products (`pursuit`). Rows tied by P do it a few at a time,
+   the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times its largest eigenvalue,
+   which makes them independent (`sparse_coding.swap`); then all values together, by conjugate gradients.
 """
 
 from dataclasses import dataclass
@@ -23,33 +24,36 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from stackcomp.core.errors import BadWeights, SettingError
+from stackcomp.ops import pursuit
 from stackcomp.ops.low_rank import low_rank
-from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, omp, scatter, solve, swap
+from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, scatter, solve, swap
 from stackcomp.ops.whiten import Whitener
 
 COUPLED_ROWS = (
     32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
 )
-FREE_ROWS = 1024  # and where it does not: as many as memory likes
-ROUNDS = 8  # of the first pursuit: s / ROUNDS atoms a round
+FREE_ROWS = 512  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+DESCENT_STEPS = 8  # conjugate gradient steps of each least squares of independent rows
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
-CONJUGATE_STEPS = 8
+CONJUGATE_STEPS = 8  # of all values together, where P ties them
+RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
 BASIS_RIDGE = 1e-6  # of the mean diagonal of S^T P S: an atom that no row uses stays finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSparseFactors:
-    """W (or W^T) as blocks S_j D_j. Supports ascend and count atoms from the start of their block."""
+    """W (or W^T) as blocks S_j D_j. Supports ascend and count atoms from the start of their group; a block has k q / k = q groups."""
 
     basis: Float[Tensor, "k b g"]
-    support: Int64[Tensor, "n k s"]
-    values: Float[Tensor, "n k s"]
+    support: Int64[Tensor, "n kq s"]
+    values: Float[Tensor, "n kq s"]
     transposed: bool
 
     def product(self) -> Tensor:
         """The weight itself, in its own orientation."""
-        rows, blocks = self.support.shape[:2]
-        codes = scatter(self.support, self.values, self.basis.shape[1]).view(rows, blocks, -1)
+        blocks, atoms, _ = self.basis.shape
+        group = blocks * atoms // self.support.shape[1]
+        codes = scatter(self.support, self.values, group).unflatten(1, (blocks, atoms))
         product = torch.einsum("nkb,kbg->nkg", codes, self.basis).flatten(1)
         return product.T.contiguous() if self.transposed else product
 
@@ -60,148 +64,246 @@ def dense_sparse(
     atoms: int,
     nonzeros: int,
     blocks: int = 1,
+    groups: int = 1,
     transposed: bool = False,
     inputs: Whitener | None = None,
     outputs: Whitener | None = None,
     sweeps: int = 6,
     seed: int = 0,
 ) -> DenseSparseFactors:
-    """Factorize `weight` with `atoms` (b) and `nonzeros` (s) a block, minimising `whiten.metric_error`.
+    """Factorize `weight` with `atoms` (b) a block and `nonzeros` (s) a group, minimising `whiten.metric_error`.
 
     Starts from random rows of the weight as atoms, those that matter more being likelier (all randomness is from `seed`), then `sweeps`
     sweeps. With s = b in one block nothing is sparse: the optimal low rank is returned at once. Where we differ from the paper:
     the metrics; and blocks are coded together, so that each corrects the errors of the others.
-    SettingError: blocks, atoms or nonzeros do not fit the weight. BadWeights: NaN or infinite values.
+    SettingError: blocks, groups, atoms or nonzeros do not fit the weight. BadWeights: NaN or infinite values.
     """
-    if not torch.isfinite(weight).all():
-        raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
-    if transposed:
-        weight, inputs, outputs = weight.T.contiguous(), outputs, inputs
-    rows, columns = weight.shape
-    _check(rows, columns, atoms, nonzeros, blocks)
-    if nonzeros == atoms and blocks == 1 and atoms <= columns:
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+    if nonzeros == atoms and blocks == groups == 1 and 1 <= atoms <= columns:
+        if not torch.isfinite(weight).all():
+            raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
+        if transposed:
+            weight, inputs, outputs = weight.T.contiguous(), outputs, inputs
         left, right = low_rank(weight, rank=atoms, inputs=inputs, outputs=outputs)
         support = torch.arange(atoms, device=weight.device).expand(rows, 1, atoms).contiguous()
         return DenseSparseFactors(
             basis=right[None], support=support, values=left[:, None], transposed=transposed
         )
-    solver = _Solver(weight, atoms, nonzeros, blocks, rows_metric=outputs, columns_metric=inputs, seed=seed)
-    for _ in range(sweeps):
-        solver.solve_basis()
-        solver.solve_support()
-        solver.solve_values(CONJUGATE_STEPS)
-    solver.solve_basis()
-    balance = _balance(solver.values, solver.basis)
-    return DenseSparseFactors(
-        basis=solver.basis * balance,
-        support=solver.support,
-        values=solver.values / balance,
+    factorizer = Factorizer(
+        weight,
+        atoms=atoms,
+        nonzeros=nonzeros,
+        blocks=blocks,
+        groups=groups,
         transposed=transposed,
+        inputs=inputs,
+        outputs=outputs,
+        seed=seed,
     )
+    for _ in range(sweeps):
+        factorizer.sweep()
+    factorizer.solve_basis()
+    return factorizer.factors()
 
 
-def _balance(values: Tensor, basis: Tensor) -> Tensor:
-    """The factor that gives both sides the same mean square: an optimizer that takes equal steps then trains both equally."""
-    energies = [part.square().mean().clamp_min(torch.finfo(part.dtype).tiny) for part in (values, basis)]
-    return (energies[0] / energies[1]) ** 0.25
+class Factorizer:
+    """A factorization under way, which can go on after its weight has moved: the warm start of training (`aim`, then `sweep`).
 
-
-def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int) -> None:
-    if blocks < 1 or columns % blocks:
-        raise SettingError(f"blocks={blocks} does not divide the {columns} columns of the factorized matrix")
-    if not 1 <= atoms <= rows or not 1 <= nonzeros <= atoms:
-        raise SettingError(
-            f"nonzeros={nonzeros} and atoms={atoms} must satisfy 1 <= nonzeros <= atoms <= {rows}, the rows of the matrix"
-        )
-
-
-class _Solver:
-    """The state of one factorization: basis (k, b, g), support and values (n, k, s), and what follows from them."""
+    `basis` (k b g), `code` (p n a/p), the rows of S spread over all atoms, and `mask`, where they may differ from zero, are its whole
+    state: with them in the place of a new one's it goes on the same.
+    """
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Float[Tensor, "rows cols"],
+        *,
         atoms: int,
         nonzeros: int,
-        blocks: int,
-        *,
-        rows_metric: Whitener | None,
-        columns_metric: Whitener | None,
-        seed: int,
+        blocks: int = 1,
+        groups: int = 1,
+        transposed: bool = False,
+        inputs: Whitener | None = None,
+        outputs: Whitener | None = None,
+        seed: int = 0,
+        start: DenseSparseFactors | None = None,
     ) -> None:
-        self._weight = weight
-        self._blocks, self._atoms, self._nonzeros = blocks, atoms, nonzeros
-        self._width = weight.shape[1] // blocks
-        self._rows = rows_metric
-        self._columns = columns_metric
+        self._transposed = transposed
+        self._columns, self._rows = (outputs, inputs) if transposed else (inputs, outputs)
+        rows, columns = reversed(weight.shape) if transposed else weight.shape
+        _check(rows, columns, atoms, nonzeros, blocks, groups)
+        self._blocks, self._atoms, self._group, self._nonzeros = blocks, atoms, atoms // groups, nonzeros
+        self._width = columns // blocks
+        self._problems = blocks if self._columns is None and self._rows is None else 1
         self._generator = torch.Generator().manual_seed(seed)
         self._importance = (
-            torch.ones_like(weight[:, 0]) if rows_metric is None else rows_metric.moment.diagonal()
+            weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
         )
-        self._target = self._whiten(weight)  # n x m
-        self._pulled = self._pull(self._target)  # P W Q^(1/2)
-        self.basis = self._first_basis()
-        self._normalise_atoms(None)
-        self._correlate()
-        step = max(1, nonzeros // ROUNDS)
-        parts = [
-            omp(self._gram, part, nonzeros, blocks=blocks, step=step)
-            for part in self._correlations.split(FREE_ROWS)
+        self.aim(weight)
+        if start is None:
+            self.basis = self._first_basis()
+            self._normalise_atoms()
+            self._look()
+            parts = [self._shrink(rows) for rows in self._parts()]
+            self.code = torch.cat([part[0] for part in parts], dim=1)
+            self.mask = torch.cat([part[1] for part in parts], dim=1)
+        else:
+            self.basis = start.basis
+            self.code = self._split(scatter(start.support, start.values, self._group))
+            self.mask = self._split(
+                scatter(start.support, torch.ones_like(start.values), self._group).bool()
+            )
+            self._normalise_atoms()
+            self._look()
+
+    def aim(self, weight: Float[Tensor, "rows cols"]) -> None:
+        """Take another weight of the same shape as the target. BadWeights: NaN or infinite values."""
+        if not torch.isfinite(weight).all():
+            raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
+        self._weight = weight.T.contiguous() if self._transposed else weight
+        whitened = (
+            self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
+        )
+        self._target = self._split(whitened)  # p n m/p
+        if hasattr(self, "basis"):
+            self._look()
+
+    def sweep(self) -> None:
+        """One round: the basis, then the code."""
+        self.solve_basis()
+        if self._rows is not None:
+            self._swap_tied()
+            self._solve_tied()
+            return
+        for rows in self._parts():
+            self.code[:, rows], self.mask[:, rows] = pursuit.exchange(
+                self._gram,
+                self._inverse,
+                self._correlations(rows),
+                self.code[:, rows],
+                self.mask[:, rows],
+                nonzeros=self._nonzeros,
+                group=self._group,
+                count=min(self._most_swapped, self._group - self._nonzeros),
+                steps=DESCENT_STEPS,
+            )
+
+    def refit(self, steps: int) -> None:
+        """The values alone, on the support and basis as they are."""
+        for rows in self._parts():
+            self.code[:, rows] = pursuit.descend(
+                self._gram, self._correlations(rows), self.code[:, rows], self.mask[:, rows], steps
+            )
+
+    def factors(self) -> DenseSparseFactors:
+        """What has been found so far, both factors with the same mean square: an optimizer that takes equal steps then trains both
+        equally."""
+        support = self._support()
+        values = gather(self._flat(self.code), support)
+        energies = [
+            part.square().mean().clamp_min(torch.finfo(part.dtype).tiny) for part in (values, self.basis)
         ]
-        self.support = torch.cat([part[0] for part in parts])
-        self.values = torch.cat([part[1] for part in parts])
+        balance = (energies[0] / energies[1]) ** 0.25
+        return DenseSparseFactors(
+            basis=self.basis * balance,
+            support=support,
+            values=values / balance,
+            transposed=self._transposed,
+        )
 
-    def _whiten(self, matrix: Tensor) -> Tensor:
-        return matrix if self._columns is None else self._columns.whiten_columns(matrix)
+    def product(self) -> Tensor:
+        """S D as it is, in the weight's own orientation."""
+        codes = self._flat(self.code).unflatten(1, (self._blocks, self._atoms))
+        product = torch.bmm(codes.transpose(0, 1), self.basis).transpose(0, 1).flatten(1)
+        return product.T if self._transposed else product
 
-    def _pull(self, matrix: Tensor) -> Tensor:
-        """P times a matrix of n rows."""
-        return matrix if self._rows is None else self._rows.moment @ matrix
+    # layouts: p problems side by side, or one matrix
 
-    def _whitened_atoms(self) -> Tensor:
+    def _split(self, matrix: Tensor) -> Tensor:
+        """n x (p c) as p n c."""
+        return matrix.unflatten(1, (self._problems, -1)).transpose(0, 1).contiguous()
+
+    def _flat(self, problems: Tensor) -> Tensor:
+        """p n c as n x (p c)."""
+        return problems.transpose(0, 1).flatten(1)
+
+    def _parts(self) -> list[slice]:
+        rows = len(self._weight)
+        return [slice(start, min(start + FREE_ROWS, rows)) for start in range(0, rows, FREE_ROWS)]
+
+    def _support(self) -> Tensor:
+        grouped = self._flat(self.mask).unflatten(1, (-1, self._group))
+        return grouped.nonzero()[:, 2].view(*grouped.shape[:2], self._nonzeros)
+
+    @property
+    def _most_swapped(self) -> int:
+        return max(1, self._nonzeros // SWAPPED)
+
+    # the dictionary, as the targets see it
+
+    def _look(self) -> None:
+        """What the code needs of the basis: the atoms in the metric, their products and the inverse of these."""
+        self._dictionary = (
+            self.basis if self._problems == self._blocks and self._columns is None else self._whitened()[None]
+        )
+        self._gram = self._dictionary @ self._dictionary.mT
+        self._inverse = _inverse(self._gram)
+
+    def _whitened(self) -> Tensor:
         """blockdiag(D) Q^(1/2): the dictionary (k b x m) that whitened rows are coded in."""
         if self._columns is None:
             return torch.block_diag(*self.basis)
         root = self._columns.root.unflatten(0, (self._blocks, self._width))
         return torch.einsum("kbg,kgm->kbm", self.basis, root).flatten(0, 1)
 
+    def _correlations(self, rows: slice = slice(None)) -> Tensor:
+        return self._target[:, rows] @ self._dictionary.mT
+
+    def _shrink(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return pursuit.shrink(
+            self._gram,
+            self._inverse,
+            self._correlations(rows),
+            nonzeros=self._nonzeros,
+            group=self._group,
+            steps=DESCENT_STEPS,
+        )
+
+    # the basis
+
     def _first_basis(self) -> Tensor:
         """Random rows of each block of the weight."""
-        parts = []
-        energy = self._target.square().sum(1) * self._importance
+        energy = self._target.square().sum((0, 2)) * self._importance
         chance = (energy.double() + energy.double().mean() * 1e-6 + 1e-30).cpu()
+        parts: list[Tensor] = []
         for part in self._weight.split(self._width, dim=1):
             picked = torch.multinomial(chance, self._atoms, generator=self._generator)
             parts.append(part[picked.to(part.device)])
         return torch.stack(parts)
 
-    def _normalise_atoms(self, values: Tensor | None) -> None:
-        """Atoms of length one in the metric; the values take the lengths up."""
-        norms = self._whitened_atoms().norm(dim=1)
+    def _normalise_atoms(self) -> None:
+        """Atoms of length one in the metric; a code takes the lengths up."""
+        if self._columns is None:
+            norms = self.basis.norm(dim=2)
+        else:
+            norms = self._whitened().norm(dim=1).view(self._blocks, self._atoms)
         norms = torch.where(norms > norms.max() * 1e-6, norms, norms.new_ones(()))
-        self.basis = self.basis / norms.view(self._blocks, self._atoms, 1)
-        if values is not None:
-            self.values = values * gather(norms.expand(len(values), -1), self.support)
-
-    def _correlate(self) -> None:
-        self._dictionary = self._whitened_atoms()
-        self._gram = self._dictionary @ self._dictionary.T
-        self._correlations = self._target @ self._dictionary.T
-
-    def _codes(self) -> Tensor:
-        return scatter(self.support, self.values, self._atoms)
+        self.basis = self.basis / norms[..., None]
+        if hasattr(self, "code"):
+            self.code = self.code * norms.view(self._problems, 1, -1)
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
-        codes = self._codes()
-        normal = codes.T @ self._pull(codes)
-        normal.diagonal().add_(BASIS_RIDGE * normal.diagonal().mean().clamp_min(SMALLEST))
-        if self._blocks == 1:  # Q cancels
-            self.basis = torch.linalg.solve(normal, codes.T @ self._pull(self._weight))[None]
+        normal = self.code.mT @ self._pull(self.code)
+        normal.diagonal(dim1=1, dim2=2).add_(
+            BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(SMALLEST)
+        )
+        if self._problems == self._blocks:  # Q cancels
+            split = self._split(self._weight)
+            self.basis = torch.linalg.solve(normal, self.code.mT @ self._pull(split))
         else:
-            self._solve_blocks(normal, codes.T @ self._pulled)
-        self._normalise_atoms(self.values)
-        self._correlate()
+            self._solve_blocks(normal[0], (self.code.mT @ self._pull(self._target))[0])
+        self._normalise_atoms()
+        self._look()
 
     def _solve_blocks(self, normal: Tensor, right: Tensor) -> None:
         """Gauss-Seidel over blocks. right: S^T P W Q^(1/2)."""
@@ -210,7 +312,7 @@ class _Solver:
             atoms = slice(j * self._atoms, (j + 1) * self._atoms)
             columns = slice(j * self._width, (j + 1) * self._width)
             self.basis = basis
-            others = self._whitened_atoms()
+            others = self._whitened()
             others[atoms] = 0
             left = right[atoms] - normal[atoms] @ others
             if self._columns is None:
@@ -222,44 +324,44 @@ class _Solver:
             basis[j] = solved if metric is None else torch.linalg.solve(metric, solved, left=False)
         self.basis = basis
 
-    def solve_support(self) -> None:
+    # rows that P ties together: one problem, each row's own normal equations
+
+    def _pull(self, matrix: Tensor) -> Tensor:
+        """P times matrices of n rows."""
+        return matrix if self._rows is None else self._rows.moment @ matrix
+
+    def _swap_tied(self) -> None:
         """Swap atoms, a few rows at a time in random order, each seeing the rows before it as they are now."""
+        assert self._rows is not None
         order = torch.randperm(len(self._weight), generator=self._generator).to(self._weight.device)
-        codes = self._codes()
-        residual = self._correlations - codes @ self._gram  # (W - S D) Q D^T
-        support, values = self.support.clone(), self.values.clone()
-        count = max(1, self._nonzeros // SWAPPED)
-        for picked in order.split(FREE_ROWS if self._rows is None else COUPLED_ROWS):
-            pull = (
-                residual[picked]
-                if self._rows is None
-                else self._step(self._rows.moment[picked], picked, residual)
+        gram, correlations, codes = self._gram[0], self._correlations()[0], self.code[0].clone()
+        residual = correlations - codes @ gram  # (W - S D) Q D^T
+        support = self._support()
+        values = gather(codes, support)
+        for picked in order.split(COUPLED_ROWS):
+            metric = self._rows.moment[picked]
+            scale = self._importance[picked].rsqrt()
+            bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
+            wanted = codes[picked] @ gram + (metric @ residual) * (scale.square() / bound)[:, None]
+            support[picked], values[picked] = swap(
+                gram, wanted, support[picked], values[picked], self._most_swapped
             )
-            wanted = codes[picked] @ self._gram + pull
-            support[picked], values[picked] = swap(self._gram, wanted, support[picked], values[picked], count)
-            codes[picked] = scatter(support[picked], values[picked], self._atoms)
-            residual[picked] = self._correlations[picked] - codes[picked] @ self._gram
-        self.support, self.values = support, values
+            codes[picked] = scatter(support[picked], values[picked], self._group)
+            residual[picked] = correlations[picked] - codes[picked] @ gram
+        self.code = codes[None]
+        self.mask = scatter(support, torch.ones_like(values), self._group).bool()[None]
 
-    def _step(self, metric: Tensor, picked: Tensor, residual: Tensor) -> Tensor:
-        """Where the picked rows want to move: the gradient over the bound of P between them. metric: their rows of P."""
-        scale = self._importance[picked].rsqrt()
-        bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
-        return (metric @ residual) * (scale.square() / bound)[:, None]
-
-    def solve_values(self, steps: int) -> None:
-        """All values at once for the support and basis as they are: `steps` conjugate gradient steps, exact at once without P."""
-        factor = torch.cat([factor_supports(self._gram, part) for part in self.support.split(FREE_ROWS)])
-        if self._rows is None:
-            self.values = solve(factor, gather(self._correlations, self.support))
-            return
+    def _solve_tied(self) -> None:
+        """All values at once for the support and basis as they are, preconditioned by each row's own equations."""
+        gram, correlations, support = self._gram[0], self._correlations()[0], self._support()
+        factor = torch.cat([factor_supports(gram, part) for part in support.split(FREE_ROWS)])
         importance = self._importance[:, None, None]
-        x = self.values
-        residual = gather(self._pull(self._correlations - self._codes() @ self._gram), self.support)
+        x = gather(self.code[0], support)
+        residual = gather(self._pull(correlations - self.code[0] @ gram), support)
         ahead = step = solve(factor, residual / importance)
         size = (residual * ahead).sum()
-        for _ in range(steps):
-            curved = gather(self._pull(scatter(self.support, step, self._atoms) @ self._gram), self.support)
+        for _ in range(CONJUGATE_STEPS):
+            curved = gather(self._pull(scatter(support, step, self._group) @ gram), support)
             curvature = (step * curved).sum()
             if curvature <= 0 or size <= 0:  # nothing left to gain in float32
                 break
@@ -269,4 +371,28 @@ class _Solver:
             ahead = solve(factor, residual / importance)
             before, size = size, (residual * ahead).sum()
             step = ahead + (size / before) * step
-        self.values = x
+        self.code = scatter(support, x, self._group)[None]
+
+
+def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int, groups: int) -> None:
+    if blocks < 1 or columns % blocks:
+        raise SettingError(f"blocks={blocks} does not divide the {columns} columns of the factorized matrix")
+    if groups < 1 or atoms % groups:
+        raise SettingError(f"groups={groups} does not divide the atoms={atoms} of a block")
+    if not 1 <= atoms <= rows or not 1 <= nonzeros <= atoms // groups:
+        of = f"{atoms // groups} atoms of a group" if groups > 1 else "atoms"
+        raise SettingError(
+            f"nonzeros={nonzeros} and atoms={atoms} must satisfy 1 <= nonzeros <= {of} and atoms <= {rows}, the rows of the matrix"
+        )
+
+
+def _inverse(gram: Float[Tensor, "p a a"]) -> Float[Tensor, "p a a"]:
+    """The inverse of Gram matrices, ridged until float32 can factor them."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(SMALLEST)
+    for power in range(7):
+        ridged = gram.clone()
+        ridged.diagonal(dim1=1, dim2=2).add_(10**power * RIDGE * mean)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not failed.any():
+            return torch.cholesky_inverse(factor)
+    raise BadWeights("the atoms of a factorization are not finite: look for huge values in the weight")
