@@ -117,8 +117,8 @@ def answers(
 ) -> Iterator[list[Span]]:
     """The answers of each question as characters of its context, spaces around them left out.
 
-    columns: names of texts and starts. Raises `DataError` naming row, column and `where` for an answer that is not at its place or blank, and for a question without one
-    unless it may be unanswerable.
+    columns: names of texts and starts. Raises `DataError` naming `where`, row and column for an answer that is blank or not at its
+    place, and for a question without one unless it may be unanswerable.
     """
     for row, (context, golds, places) in enumerate(zip(contexts, texts, starts, strict=True)):
         here = f"{where}: row {row}"

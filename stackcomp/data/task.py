@@ -229,6 +229,8 @@ class Task:
     ) -> "tuple[Windows, list[Question]]":
         """What question answering is scored on: the windows that `encode` gives, and the questions they are
         of. Raises `DataError` as `encode` does."""
+        from stackcomp.data.question_answering import Question
+
         part = _subset(self.dataset(split), limit)
         contexts = _column(part, self.text[1])
         return self._cut(tokenizer, part), [
