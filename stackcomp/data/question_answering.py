@@ -101,8 +101,9 @@ def cut(
                 raise DataError(f"task {name!r}: the context of row {start + number} has no token")
             cuts.question.append(start + number)
             cuts.offsets.append(offsets)
-        for key in found.keys() - {"overflow_to_sample_mapping", "offset_mapping"}:
-            cuts.columns.setdefault(key, []).extend(found[key])
+        for key, part in found.items():
+            if key not in ("overflow_to_sample_mapping", "offset_mapping"):
+                cuts.columns.setdefault(key, []).extend(part)
     return cuts
 
 

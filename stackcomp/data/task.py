@@ -46,10 +46,10 @@ class Task:
     """A task, as pure description. Build one with the functions of this module; `repr` reads back.
 
     name: what tables call it. source: where the rows are. kind: what the model predicts. text: one column,
-    or two for pairs (question and context). label: the column of targets, None where there are none. labels: names of the classes
-    in order, when they are not to be read from the data. metric: see `METRICS`. train, selection, test: see
-    the module. max_length: tokens a text (or a window of language modelling) is cut to. deduplicate: drop
-    rows whose text appeared before (spaces around it ignored) before carving.
+    or two for pairs (question and context). label: the column of targets, None where there are none. labels:
+    names of the classes in order, when they are not to be read from the data. metric: see `METRICS`. train,
+    selection, test: see the module. max_length: tokens a text (or a window of it) is cut to. deduplicate:
+    drop rows whose text appeared before (spaces around it ignored) before carving.
 
     Of question answering alone: doc_stride: tokens that two neighbouring windows of a context share;
     max_answer_length: tokens of the longest answer looked for; unanswerable: whether a question may have no
@@ -80,9 +80,8 @@ class Task:
                 f"task {self.name!r}: metric={self.metric!r} is not one of {', '.join(METRICS[self.kind])} "
                 f"for {self.kind}"
             )
-        if len(self.text) not in {"language_modelling": (1,), "question_answering": (2,)}.get(
-            self.kind, (1, 2)
-        ):
+        wanted = {"language_modelling": (1,), "question_answering": (2,)}.get(self.kind, (1, 2))
+        if len(self.text) not in wanted:
             raise SettingError(
                 f"task {self.name!r}: text={self.text!r} must name one column, or two for a pair"
             )

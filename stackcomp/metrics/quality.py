@@ -2,8 +2,8 @@
 
 An outcome is what one example contributes: (prediction, truth) for classes, numbers and similarities,
 (sum of negative log likelihoods, tokens predicted) for a window of language modelling, and (points in [0, 1],
-checksum of the right answers) for a question, over all windows of its context. A metric is a
-function of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
+checksum of context and right answers) for a question, over all windows of its context. A metric is a function
+of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
 """
 
 import math
