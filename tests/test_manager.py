@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 
 import stackcomp as sc
-from stackcomp import checkpoint, nn
+from stackcomp import checkpoint, metrics, nn
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import (
     BadWeights,
@@ -296,3 +297,24 @@ def whole_run(tmp_path_factory):
     began = time.perf_counter()
     assert process.wait() == 0
     return time.perf_counter() - began, weights(out)
+
+
+def test_questions_are_compressed_distilled_scored_and_reloaded(tokenizer, tmp_path):
+    folder, task = tmp_path / "base", toys.question_task()
+    toys.make("bert").save_pretrained(folder)  # no head for questions: one is drawn
+    stack = sc.Pipeline(
+        sc.DenseSparse(ratio=1.5, data_aware=True, samples=8),
+        sc.Distill(steps=3, batch_size=4, labels=0.5),
+        sc.Int8Weights(),
+    )
+    run = manager(tmp_path / "out", tokenizer, task=task)
+    result = run.run(folder, stack)
+    rows = result.ledger.rows
+    assert [row.name for row in rows] == ["dense", "DenseSparse", "Distill", "Int8Weights"]
+    assert rows[3].layer_bytes < rows[1].layer_bytes < rows[0].layer_bytes
+    assert {(row.measured.metric, row.measured.examples) for row in rows} == {("f1", 8)}
+    again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    batch = toys.batch(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).end_logits, result.model(**batch).end_logits)
+    assert metrics.evaluate(again, tokenizer, task, limit=8).value == rows[3].measured.score

@@ -138,6 +138,28 @@ def classification_task(*, labelled: bool = True) -> Task:
     return tasks.classification(splits, name="toy", selection="selection", test="test", max_length=16)
 
 
+def questions(count: int, first: int = 0) -> list[dict]:
+    """How one of two things is: the word that the context says of it, in SQuAD's format."""
+    found = []
+    for i in range(first, first + count):
+        things, words = (
+            (THINGS[i % 4], THINGS[(i + 1 + i // 16 % 3) % 4]),
+            (KIND[i // 4 % 4], UNKIND[i // 3 % 4]),
+        )
+        context = f"the {things[0]} is {words[0]} and the {things[1]} was very {words[1]}"
+        answer = {"text": [words[i % 2]], "answer_start": [context.index(words[i % 2])]}
+        question = f"the {things[i % 2]}"
+        found.append({"id": str(i), "title": "", "context": context, "question": question, "answers": answer})
+    return found
+
+
+def question_task(**settings) -> Task:
+    """48 questions to train on and 16 to score, their contexts read in two windows or three."""
+    splits = {"train": questions(48), "selection": questions(16, 48), "test": questions(16, 64)}
+    settings = {"name": "toy-questions", "selection": "selection", "test": "test"} | settings
+    return tasks.question_answering(splits, max_length=12, doc_stride=3, **settings)
+
+
 def language_task() -> Task:
     """The same sentences, as text to predict."""
     splits = {"train": sentences(48), "selection": sentences(16, 48), "test": sentences(16, 64)}

@@ -4,8 +4,8 @@ Letters: n output features of a layer; g (n) the gradient of what the model says
 
 The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label is
 read: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in
-FWSVD, arXiv 2207.00112, but whole and without labels); for numbers that of the number; for plain encoders that of the normalised mean
-embedding along random signs.
+FWSVD, arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token; for
+numbers that of the number; for plain encoders that of the normalised mean embedding along random signs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stackcomp.core.context import Progress, quiet
 from stackcomp.data.calibration import Calibration
+from stackcomp.data.question_answering import position_logits
 
 PROBES = 1  # random draws a batch: many texts say more than many draws
 
@@ -63,6 +64,8 @@ def gradient_moments(
 
 def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """A random scalar of what the model says, whose gradients have the moment wanted."""
+    if "start_logits" in said:
+        return _log_chance(position_logits(said, batch["attention_mask"]).flatten(0, 1), generator)
     if "logits" not in said:
         mask = batch["attention_mask"].unsqueeze(-1).float()
         mean = (said.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
@@ -72,6 +75,11 @@ def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -
         return (logits * _signs(logits, generator)).sum()
     if logits.ndim == 3:
         logits = logits[batch["attention_mask"].bool()]
+    return _log_chance(logits, generator)
+
+
+def _log_chance(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum of log p(y), y drawn from the softmax of each row."""
     chance = logits.detach().softmax(-1).cpu()
     drawn = torch.multinomial(chance, 1, generator=generator).to(logits.device)
     return logits.log_softmax(-1).gather(1, drawn).sum()

@@ -7,6 +7,7 @@ A source only names its data: nothing is opened, and neither torch nor `datasets
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,14 +47,15 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Local files, as (split, path) pairs; `format` is one of csv, json, parquet, text."""
+    """Local files, as (split, path) pairs; `format` is one of csv, json, parquet, text, and squad: JSON as SQuAD
+    is published, articles of paragraphs of questions, read as the hub's rows."""
 
     format: str
     paths: tuple[tuple[str, str], ...]
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS.values():
-            known = sorted(set(FORMATS.values()))
+        known = sorted({*FORMATS.values(), "squad"})
+        if self.format not in known:
             raise SettingError(f"Files: format={self.format!r} is not one of {', '.join(known)}")
 
 
@@ -84,12 +86,28 @@ Source = Hub | Files | Package | Rows
 
 
 def rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
-    """Freeze `{split: [{column: value, ...}, ...]}`; a column that a row lacks reads as None there."""
+    """Freeze `{split: [{column: value, ...}, ...]}`; a column that a row lacks reads as None there.
+
+    A dictionary in a column becomes a column a key, as in `answers.text`; lists become tuples.
+    """
+    splits = {name: [_frozen(row) for row in part] for name, part in splits.items()}
     columns = tuple(dict.fromkeys(column for part in splits.values() for row in part for column in row))
     frozen = tuple(
         (name, tuple(tuple(row.get(c) for c in columns) for row in part)) for name, part in splits.items()
     )
     return Rows(columns=columns, splits=frozen)
+
+
+def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column, value in row.items():
+        parts = (
+            {f"{column}.{key}": part for key, part in value.items()}
+            if isinstance(value, Mapping)
+            else {column: value}
+        )
+        found |= {name: tuple(part) if isinstance(part, list) else part for name, part in parts.items()}
+    return found
 
 
 def files(splits: Mapping[str, str | Path]) -> Files:
@@ -139,6 +157,8 @@ def _load_splits(source: Source, folder: str | None) -> "dict[str, Dataset]":
                 raise DataError(
                     f"split {name!r}: there is no file {path!r}; paths are relative to the working directory"
                 )
+        if source.format == "squad":
+            return {name: _load_squad(path) for name, path in source.paths}
         return _load_files(source.format, {name: [path] for name, path in source.paths})
     if isinstance(source, Package):
         return {"train": _load_package(source)}
@@ -197,6 +217,30 @@ def _load_files(kind: str, paths: Mapping[str, Iterable[str]]) -> "dict[str, Dat
             return dict(loaded)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(f"{kind} files {sorted(paths)} cannot be read: {error}") from error
+
+
+def _load_squad(path: str) -> "Dataset":
+    import datasets
+
+    try:
+        flat = [
+            {
+                "id": asked["id"],
+                "title": article.get("title", ""),
+                "context": paragraph["context"],
+                "question": asked["question"],
+                "answers.text": [answer["text"] for answer in asked["answers"]],
+                "answers.answer_start": [answer["answer_start"] for answer in asked["answers"]],
+            }
+            for article in json.loads(Path(path).read_text("utf8"))["data"]
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path!r} is not JSON as SQuAD is published ({type(error).__name__}: {error}); for a file of rows give its path alone"
+        ) from error
+    return datasets.Dataset.from_list(flat)
 
 
 def _load_package(source: Package) -> "Dataset":

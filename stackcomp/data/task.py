@@ -8,7 +8,7 @@ and the training split is what is left.
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["classification", "regression", "similarity", "language_modelling"]
+    from stackcomp.data.question_answering import Question, Span, Windows
+
+Kind = Literal["classification", "regression", "similarity", "language_modelling", "question_answering"]
 Split = Literal["train", "selection", "test"]
 ROLES: tuple[Split, ...] = ("train", "selection", "test")
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -27,12 +29,14 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "regression": ("spearman", "pearson"),
     "similarity": ("spearman", "pearson"),
     "language_modelling": ("perplexity",),
+    "question_answering": ("f1", "exact_match"),
 }
 AUTO_CLASSES: Mapping[str, str] = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "similarity": "AutoModel",
     "language_modelling": "AutoModelForCausalLM",
+    "question_answering": "AutoModelForQuestionAnswering",
 }
 CARVE_SEED = 20231221  # the day DSFormer appeared; it only has to stay the same
 
@@ -42,10 +46,14 @@ class Task:
     """A task, as pure description. Build one with the functions of this module; `repr` reads back.
 
     name: what tables call it. source: where the rows are. kind: what the model predicts. text: one column,
-    or two for pairs. label: the column of targets, None where there are none. labels: names of the classes
-    in order, when they are not to be read from the data. metric: see `METRICS`. train, selection, test: see
-    the module. max_length: tokens a text (or a window of language modelling) is cut to. deduplicate: drop
-    rows whose text appeared before (spaces around it ignored) before carving.
+    or two for pairs (question and context). label: the column of targets, None where there are none. labels:
+    names of the classes in order, when they are not to be read from the data. metric: see `METRICS`. train,
+    selection, test: see the module. max_length: tokens a text (or a window of it) is cut to. deduplicate:
+    drop rows whose text appeared before (spaces around it ignored) before carving.
+
+    Of question answering alone: doc_stride: tokens that two neighbouring windows of a context share;
+    max_answer_length: tokens of the longest answer looked for; unanswerable: whether a question may have no
+    answer.
     """
 
     name: str
@@ -60,6 +68,9 @@ class Task:
     test: str | int = "validation"
     max_length: int = 128
     deduplicate: bool = False
+    doc_stride: int = 128
+    max_answer_length: int = 30
+    unanswerable: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
@@ -69,9 +80,19 @@ class Task:
                 f"task {self.name!r}: metric={self.metric!r} is not one of {', '.join(METRICS[self.kind])} "
                 f"for {self.kind}"
             )
-        if len(self.text) not in ((1,) if self.kind == "language_modelling" else (1, 2)):
+        wanted = {"language_modelling": (1,), "question_answering": (2,)}.get(self.kind, (1, 2))
+        if len(self.text) not in wanted:
             raise SettingError(
                 f"task {self.name!r}: text={self.text!r} must name one column, or two for a pair"
+            )
+        if self.kind == "question_answering" and not 0 <= self.doc_stride < self.max_length:
+            raise SettingError(
+                f"task {self.name!r}: doc_stride={self.doc_stride} must be at least 0 and below "
+                f"max_length={self.max_length}"
+            )
+        if self.max_answer_length < 1:
+            raise SettingError(
+                f"task {self.name!r}: max_answer_length={self.max_answer_length} must be at least 1 token"
             )
         if self.max_length < 2:
             raise SettingError(f"task {self.name!r}: max_length={self.max_length} must be at least 2")
@@ -102,7 +123,7 @@ class Task:
         import datasets
 
         part = self.dataset("train")
-        label = self._labelled(part, "train")
+        (label,) = self._labelled(part, "train")
         feature = part.features[label]
         if isinstance(feature, datasets.ClassLabel):
             return tuple(feature.names)
@@ -114,13 +135,15 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: classes, 1 for regression, 0 where there is no head of the task's
-        own."""
-        return {"classification": len(self.label_names), "regression": 1}.get(self.kind, 0)
+        """Outputs of the model's head: classes, 1 for regression, 2 (first and last token) for question
+        answering, 0 where there is no head of the task's own."""
+        outputs = {"classification": len(self.label_names), "regression": 1, "question_answering": 2}
+        return outputs.get(self.kind, 0)
 
     def dataset(self, split: str) -> "Dataset":
-        """Rows of "train", "selection" or "test". Raises `DataError` for an unknown, missing or empty
-        split or a missing column."""
+        """Rows of "train", "selection" or "test"; answers to questions as columns `answers.text` and
+        `answers.answer_start`. Raises `DataError` for an unknown, missing or empty split or a missing column.
+        """
         if split not in ROLES:
             raise DataError(f"task {self.name!r}: split {split!r} is not one of {', '.join(ROLES)}")
         loaded = load_splits(self.source)
@@ -135,6 +158,7 @@ class Task:
             )
         else:
             part = self._from_train(loaded, "train") if named == self.train else self._unique(loaded[named])
+        part = part.flatten() if self.kind == "question_answering" else part
         self._check(part, split)
         return part
 
@@ -165,15 +189,24 @@ class Task:
         `limit` keeps a fixed random subset.
         labels: class number, float for regression and similarity, the tokens themselves for language
         modelling, where a row is a window of max_length tokens cut from the concatenated texts. A
-        similarity pair has its second text in columns `pair_input_ids` and so on. With labelled=False no
-        labels are needed and none given. Raises `DataError` as `dataset` does, and where a label is
-        missing.
+        similarity pair has its second text in columns `pair_input_ids` and so on. In question answering a row
+        is a window of a context behind its question, and labels are the first and the last token of the first
+        answer, or 0 and 0 where the window does not hold it. With labelled=False no labels are needed and
+        none given. Raises `DataError` as `dataset` does, and where a label is missing.
         """
         import datasets
 
         if self.kind == "language_modelling":
             return datasets.Dataset.from_dict(self._windows(tokenizer, split, limit))
         part = _subset(self.dataset(split), limit)
+        if self.kind == "question_answering":
+            cuts = self._cut(tokenizer, part)
+            columns = dict(cuts.columns)
+            if labelled:
+                columns["labels"] = cuts.positions(
+                    [next(iter(found), None) for found in self._answers(part, split)]
+                )
+            return datasets.Dataset.from_dict(columns)
         options: dict[str, Any] = {
             "truncation": True,
             "max_length": self.max_length,
@@ -190,10 +223,27 @@ class Task:
             columns["labels"] = self._targets(part, split)
         return datasets.Dataset.from_dict(columns)
 
+    def questions(
+        self, tokenizer: "PreTrainedTokenizerBase", split: str, limit: int | None = None
+    ) -> "tuple[Windows, list[Question]]":
+        """What question answering is scored on: the windows that `encode` gives, and the questions they are
+        of. Raises `DataError` as `encode` does."""
+        from stackcomp.data.question_answering import Question
+
+        part = _subset(self.dataset(split), limit)
+        contexts = _column(part, self.text[1])
+        return self._cut(tokenizer, part), [
+            Question(context=context, answers=tuple(context[first:end] for first, end in found))
+            for context, found in zip(contexts, self._answers(part, split), strict=True)
+        ]
+
     def digest(self) -> str:
         """SHA-256 of what a run can see of the data: every text and label of every split there is, and
         how they are read."""
-        whole = hashlib.sha256(repr((self.kind, self.metric, self.max_length, self.labels)).encode())
+        read = (self.kind, self.metric, self.max_length, self.labels)
+        if self.kind == "question_answering":
+            read += (self.doc_stride, self.max_answer_length, self.unanswerable)
+        whole = hashlib.sha256(repr(read).encode())
         loaded = load_splits(self.source)
         for split in ROLES:
             named = getattr(self, split)
@@ -201,7 +251,8 @@ class Task:
                 continue
             part = self.dataset(split)
             whole.update(f"\n{split} {part.num_rows}\n".encode())
-            for column in (*self.text, *([self.label] if self.label in part.column_names else [])):
+            labels = [column for column in self._label_columns if column in part.column_names]
+            for column in (*self.text, *labels):
                 whole.update(b"\0".join(repr(value).encode() for value in _column(part, column)))
         return whole.hexdigest()
 
@@ -243,8 +294,14 @@ class Task:
                     f"task {self.name!r}: split {split!r} has no column {column!r}; "
                     f"{_nearest(column, part.column_names)}"
                 )
+            wordless = self.kind == "question_answering"
             blank = next(
-                (i for i, value in enumerate(_column(part, column)) if not isinstance(value, str)), None
+                (
+                    i
+                    for i, value in enumerate(_column(part, column))
+                    if not isinstance(value, str) or (wordless and not value.strip())
+                ),
+                None,
             )
             if blank is not None:
                 raise DataError(
@@ -252,21 +309,49 @@ class Task:
                     "drop such rows"
                 )
 
-    def _labelled(self, part: "Dataset", split: str) -> str:
+    @property
+    def _label_columns(self) -> tuple[str, ...]:
+        if self.label is None:
+            return ()
+        parts = (".text", ".answer_start") if self.kind == "question_answering" else ("",)
+        return tuple(self.label + part for part in parts)
+
+    def _cut(self, tokenizer: "PreTrainedTokenizerBase", part: "Dataset") -> "Windows":
+        from stackcomp.data.question_answering import cut
+
+        texts = (_column(part, column) for column in self.text)
+        return cut(tokenizer, *texts, name=self.name, max_length=self.max_length, doc_stride=self.doc_stride)
+
+    def _answers(self, part: "Dataset", split: str) -> "Iterator[list[Span]]":
+        from stackcomp.data.question_answering import answers
+
+        columns = self._labelled(part, split)
+        texts, starts = (_column(part, column) for column in columns)
+        return answers(
+            _column(part, self.text[1]),
+            texts,
+            starts,
+            where=f"task {self.name!r}, split {split!r}",
+            columns=columns,
+            unanswerable=self.unanswerable,
+        )
+
+    def _labelled(self, part: "Dataset", split: str) -> tuple[str, ...]:
         if self.label is None:
             raise DataError(
                 f"task {self.name!r}: labels are needed, and the task declares none; give label=, the "
                 "column that holds them"
             )
-        if self.label not in part.column_names:
-            raise DataError(
-                f"task {self.name!r}: split {split!r} has no column {self.label!r}; "
-                f"{_nearest(self.label, part.column_names)}"
-            )
-        return self.label
+        for column in self._label_columns:
+            if column not in part.column_names:
+                raise DataError(
+                    f"task {self.name!r}: split {split!r} has no column {column!r}; "
+                    f"{_nearest(column, part.column_names)}"
+                )
+        return self._label_columns
 
     def _targets(self, part: "Dataset", split: str) -> list[int] | list[float]:
-        label = self._labelled(part, split)
+        (label,) = self._labelled(part, split)
         values = _column(part, label)
         way_out = f"labels are needed here: name a labelled split, as in {split}='validation'"
         if self.kind != "classification":

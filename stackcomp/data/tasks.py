@@ -24,9 +24,11 @@ __all__ = [
     "glue",
     "language_modelling",
     "movie_reviews",
+    "question_answering",
     "regression",
     "rows",
     "similarity",
+    "squad",
     "stsb",
 ]
 
@@ -157,6 +159,78 @@ def language_modelling(
         selection=selection,
         test=test,
         max_length=max_length,
+    )
+
+
+def question_answering(
+    source: AnySource,
+    *,
+    config: str | None = None,
+    name: str | None = None,
+    text: tuple[str, str] = ("question", "context"),
+    label: str = "answers",
+    metric: str = "f1",
+    train: str = "train",
+    selection: str | int = 5000,
+    test: str | int = "validation",
+    max_length: int = 384,
+    doc_stride: int = 128,
+    max_answer_length: int = 30,
+    unanswerable: bool = False,
+) -> Task:
+    """Find the answer to a question in its context, by the first and the last token of it.
+
+    Rows are as SQuAD's on the hub: question, context, and answers {text: [...], answer_start: [...]} with the
+    character each text begins at; for JSON as SQuAD is published, of nested paragraphs, give
+    `Files(format="squad", paths=(("train", PATH), ...))`. Metrics: f1, exact_match.
+
+    A context longer than max_length tokens allow is read in windows that share doc_stride tokens. Training
+    points at the first answer; the score takes the best of all. With unanswerable=True (SQuAD 2.0) a question
+    may have an empty list of answers, and pointing at the first token of every window is to give none.
+    A carved selection split holds other questions, though on the same contexts as the training split.
+    """
+    return Task(
+        name=name or _name(source),
+        source=as_source(source, config),
+        kind="question_answering",
+        text=text,
+        label=label,
+        metric=metric,
+        train=train,
+        selection=selection,
+        test=test,
+        max_length=max_length,
+        doc_stride=doc_stride,
+        max_answer_length=max_answer_length,
+        unanswerable=unanswerable,
+    )
+
+
+def squad(
+    version: Literal[1, 2] = 1,
+    *,
+    metric: str = "f1",
+    selection: str | int = 5000,
+    test: str | int = "validation",
+    max_length: int = 384,
+    doc_stride: int = 128,
+    max_answer_length: int = 30,
+) -> Task:
+    """SQuAD 1.1 (arXiv 1606.05250), or 2.0 (arXiv 1806.03822) with its unanswerable questions. The final split
+    is the validation split, whose answers are public."""
+    if version not in (1, 2):
+        raise SettingError(f"squad: version={version!r} is not one of 1, 2")
+    name = "squad" if version == 1 else "squad_v2"
+    return question_answering(
+        Hub(path=f"rajpurkar/{name}", local=name),
+        name=name,
+        metric=metric,
+        selection=selection,
+        test=test,
+        max_length=max_length,
+        doc_stride=doc_stride,
+        max_answer_length=max_answer_length,
+        unanswerable=version == 2,
     )
 
 

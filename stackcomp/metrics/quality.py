@@ -1,12 +1,14 @@
 """Scores of a model on a task, each with its noise: what the same measure would vary by on other examples.
 
-An outcome is what one example contributes: (prediction, truth) for classes, numbers and similarities, and
-(sum of negative log likelihoods, tokens predicted) for a window of language modelling. A metric is a
-function of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
+An outcome is what one example contributes: (prediction, truth) for classes, numbers and similarities,
+(sum of negative log likelihoods, tokens predicted) for a window of language modelling, and (points in [0, 1],
+checksum of context and right answers) for a question, over all windows of its context. A metric is a function
+of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,13 @@ from torch.nn import functional
 from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import BadWeights, DataError
 from stackcomp.data.batches import IGNORED_LABEL, Collator, inference_batches, lengths_of
+from stackcomp.data.question_answering import NOWHERE, position_logits
+from stackcomp.metrics import answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stackcomp.data.question_answering import Question, Windows
     from stackcomp.data.task import Task
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,6 +41,7 @@ class Score:
     """A value on the 0-100 scale (perplexity as it is), with a 95% bootstrap interval over the n examples.
 
     outcomes: (n x 2), see the module; in the order of the data, so that two scores of one task can be paired.
+    statistic: the function of its two columns that value is.
     """
 
     value: float
@@ -44,6 +50,7 @@ class Score:
     n: int
     interval: tuple[float, float]
     outcomes: Array
+    statistic: Callable[..., Array]
 
     @property
     def noise(self) -> float:
@@ -102,6 +109,11 @@ def perplexity(first: Array, second: Array, axis: int = -1) -> Array:
     return np.exp(np.sum(first, axis=axis) / np.sum(second, axis=axis))
 
 
+def points(first: Array, second: Array, axis: int = -1) -> Array:
+    """Mean of what each question earned, times 100."""
+    return 100 * np.mean(first, axis=axis)
+
+
 METRICS: Mapping[str, Callable[..., Array]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -110,22 +122,28 @@ METRICS: Mapping[str, Callable[..., Array]] = {
     "spearman": spearman,
     "perplexity": perplexity,
 }
+ANSWER_METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
+    "f1": answers.f1,
+    "exact_match": answers.exact_match,
+}
 
 
-def score_of(outcomes: Array, metric: str) -> Score:
+def score_of(outcomes: Array, metric: str, statistic: Callable[..., Array] | None = None) -> Score:
     """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed
-    0)."""
+    0). statistic: of `METRICS` by name, unless given."""
     if len(outcomes) == 0:
         raise DataError(f"{metric}: there are no examples to score")
+    statistic = statistic or METRICS[metric]
     first, second = outcomes.T
-    value = float(METRICS[metric](first, second))
+    value = float(statistic(first, second))
     return Score(
         value=value,
         metric=metric,
         higher_is_better=metric != "perplexity",
         n=len(outcomes),
-        interval=_interval(METRICS[metric], (first, second), value),
+        interval=_interval(statistic, (first, second), value),
         outcomes=outcomes,
+        statistic=statistic,
     )
 
 
@@ -141,7 +159,7 @@ def paired_difference(a: Score, b: Score) -> Difference:
             f"scores of {a.metric} on {a.n} and {b.metric} on {b.n} examples cannot be paired: "
             "evaluate both models on the same split with the same limit"
         )
-    metric = METRICS[a.metric]
+    metric = a.statistic
 
     def difference(a1: Array, a2: Array, b1: Array, b2: Array, axis: int = -1) -> Array:
         return metric(b1, b2, axis=axis) - metric(a1, a2, axis=axis)
@@ -187,30 +205,32 @@ def evaluate(
     there and left there. The model runs in eval mode and gets its modes back. Raises `DataError` for data
     that cannot be scored and `BadWeights` for outputs that are not finite.
     """
-    rows = task.encode(tokenizer, split, limit)
     if task.kind == "similarity" and len(task.text) != 2:
         raise DataError(
             f"task {task.name!r}: similarity is scored on two text columns, and text={task.text!r}"
         )
     if device is not None:
         model.to(device)
-    where = next(model.parameters()).device
-    columns = rows[:]
-    outcomes = np.zeros((len(rows), 2))
-    order = inference_batches(lengths_of(columns), batch_size=batch_size)
-    collate = Collator(tokenizer)
+    asks = task.kind == "question_answering"
+    windows, questions = task.questions(tokenizer, split, limit) if asks else (None, [])
+    columns = windows.columns if windows else task.encode(tokenizer, split, limit)[:]
+    batches = _batches(
+        model, tokenizer, columns, batch_size=batch_size, label=f"evaluating {task.name}", progress=progress
+    )
     with _inference(model):
-        for indices in progress(order, label=f"evaluating {task.name}", total=len(order)):
-            batch = collate([{key: part[i] for key, part in columns.items()} for i in indices])
-            batch = {key: part.to(where) for key, part in batch.items()}
-            outcomes[indices] = _outcomes(model, batch, task.kind)
+        if windows:
+            outcomes = _answered(model, task, windows, questions, batches)
+        else:
+            outcomes = np.zeros((len(columns["input_ids"]), 2))
+            for indices, batch in batches:
+                outcomes[indices] = _outcomes(model, batch, task.kind)
     if not np.isfinite(outcomes).all():
         bad = int(np.flatnonzero(~np.isfinite(outcomes).all(axis=1))[0])
         raise BadWeights(
             f"the model's output for row {bad} of {task.name!r} ({split}) is not finite: look for NaN or "
             "infinite weights"
         )
-    return score_of(outcomes, task.metric)
+    return score_of(outcomes, task.metric, points if windows else None)
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -219,6 +239,56 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     hidden = model(**batch).last_hidden_state.float()
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def _batches(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: Mapping[str, Any],
+    *,
+    batch_size: int,
+    label: str,
+    progress: Progress,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Row numbers and their batch, on the model's device."""
+    order = inference_batches(lengths_of(columns), batch_size=batch_size)
+    collate = Collator(tokenizer)
+    where = next(model.parameters()).device
+    for indices in progress(order, label=label, total=len(order)):
+        batch = collate([{key: part[i] for key, part in columns.items()} for i in indices])
+        yield indices, {key: part.to(where) for key, part in batch.items()}
+
+
+def _answered(
+    model: nn.Module,
+    task: "Task",
+    windows: "Windows",
+    questions: "Sequence[Question]",
+    batches: Iterator[tuple[list[int], dict[str, Tensor]]],
+) -> Array:
+    """Outcomes of questions (questions x 2): the answer is the best span of all windows of a context, or none,
+    where a question may have none and pointing at the first token of each window scores higher."""
+    best = [(-math.inf, "")] * len(questions)
+    null = np.full(len(questions), math.inf)
+    for indices, batch in batches:
+        logits = position_logits(model(**batch), batch["attention_mask"])
+        inside = [torch.from_numpy(windows.offsets[i][:, 0] >= 0) for i in indices]
+        allowed = nn.utils.rnn.pad_sequence(inside, batch_first=True).to(logits.device)
+        spans = answers.best_spans(logits, allowed, task.max_answer_length)
+        none = logits[:, :, NOWHERE].sum(1).tolist()
+        for i, nothing, score, first, last in zip(
+            indices, none, *(part.tolist() for part in spans), strict=True
+        ):
+            number, offsets = windows.question[i], windows.offsets[i]
+            null[number] = min(null[number], nothing)
+            if score > best[number][0] or math.isnan(score):  # NaN stays, and is refused with the others
+                best[number] = (score, questions[number].context[offsets[first, 0] : offsets[last, 1]])
+    outcomes = np.zeros((len(questions), 2))
+    for number, (question, (score, answer)) in enumerate(zip(questions, best, strict=True)):
+        given = "" if task.unanswerable and null[number] > score else answer
+        earned = ANSWER_METRICS[task.metric](given, question.answers) if math.isfinite(score) else math.nan
+        outcomes[number] = earned, zlib.crc32(repr(question).encode())
+    return outcomes
 
 
 def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> Array:

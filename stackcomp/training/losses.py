@@ -16,6 +16,7 @@ from torch.nn import functional
 from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
 from stackcomp.data.batches import IGNORED_LABEL, inference_batches
+from stackcomp.data.question_answering import position_logits
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -61,7 +62,8 @@ class Loss(ABC):
 
 @dataclass(kw_only=True)
 class TaskLoss(Loss):
-    """The task's own loss on labels: cross-entropy for classes and next tokens, squared error for numbers.
+    """The task's own loss on labels: cross-entropy for classes and next tokens, and for first and last tokens
+    of answers (their mean; padding is no place to point to), squared error for numbers.
 
     For similarity the squared error of the cosine against labels scaled by `similarity_range` to [0, 1].
     """
@@ -82,16 +84,15 @@ class TaskLoss(Loss):
             return functional.mse_loss(
                 functional.cosine_similarity(first, second), (batch["labels"] - low) / (high - low)
             )
-        return self.of_logits(model(**_tokens(batch)).logits, batch["labels"])
+        return self.of_logits(_logits(model(**_tokens(batch)), batch, self.task), batch["labels"])
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a head's outputs."""
-        logits = logits.float()
+        """The loss of a head's outputs; for answers logits are (2 texts x tokens), as `labels` are flattened."""
         if self.task.kind == "language_modelling":
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             return functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
-        if self.task.kind == "classification":
-            return functional.cross_entropy(logits, labels)
+        if self.task.kind in ("classification", "question_answering"):
+            return functional.cross_entropy(logits, labels.flatten())
         return functional.mse_loss(logits.squeeze(-1), labels)
 
 
@@ -100,15 +101,16 @@ class DistillationLoss(Loss):
     """Follow a teacher (Hinton et al., arXiv 1503.02531; hidden states as TinyBERT, arXiv 1909.10351).
 
     loss = logits * L_out + labels * L_task + hidden * L_hid, with the three weights below.
-    L_out: T^2 KL(teacher / T || student / T) over classes or next tokens, squared error for regression, and
-    1 - cosine of the pooled embeddings for plain encoders. L_hid: squared error of hidden states over real
-    tokens relative to the teacher's energy, meaned over the student's layers; student layer i of s follows
-    teacher layer round(i t / s) of t. Where we differ from TinyBERT: no projection (widths must agree), no
-    attention maps, and the relative error puts every layer on one scale. Only labels > 0 needs labelled
-    data.
+    L_out: T^2 KL(teacher / T || student / T) over classes, next tokens, or the tokens that an answer may begin
+    and end at (the mean of both), squared error for regression, and 1 - cosine of the pooled embeddings for
+    plain encoders. L_hid: squared error of hidden states over real tokens relative to the teacher's energy,
+    meaned over the student's layers; student layer i of s follows teacher layer round(i t / s) of t. Where we
+    differ from TinyBERT: no projection (widths must agree), no attention maps, and the relative error puts
+    every layer on one scale. Only labels > 0 needs labelled data.
 
     cache: where outputs alone are compared and examples come by more than once, the teacher runs once over
-    them before the first step; it has no dropout, so nothing is lost. Otherwise it runs beside the student.
+    them before the first step; it has no dropout, so nothing is lost. Otherwise it runs beside the student, as
+    it does for next tokens and answers, whose outputs are large.
     """
 
     teacher: nn.Module = field(repr=False)
@@ -138,7 +140,8 @@ class DistillationLoss(Loss):
         """Run the teacher once over every example that training will visit, if that pays."""
         needed = sorted(set(preparation.visits))
         repeated = len(preparation.visits) >= 2 * len(needed)
-        if not self.cache or self.hidden > 0 or self.task.kind == "language_modelling" or not repeated:
+        large = self.task.kind in ("language_modelling", "question_answering")
+        if not self.cache or self.hidden > 0 or large or not repeated:
             return
         self._place = torch.full((len(preparation.lengths),), -1)
         self._place[needed] = torch.arange(len(needed))
@@ -191,7 +194,7 @@ class DistillationLoss(Loss):
     def _compared(self, outputs: Any, batch: Batch) -> Tensor:
         if self.task.kind == "similarity":
             return _pooled(outputs.last_hidden_state, batch)
-        return outputs.logits.float()
+        return _logits(outputs, batch, self.task)
 
     def _of_outputs(self, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
         if ours.shape != theirs.shape:
@@ -215,7 +218,7 @@ class DistillationLoss(Loss):
             raise SettingError(
                 "labels: a weight above 0 needs a head; for similarity distil logits and hidden states"
             )
-        return self._task_loss.of_logits(outputs.logits, batch["labels"])
+        return self._task_loss.of_logits(_logits(outputs, batch, self.task), batch["labels"])
 
 
 def _of_hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -231,6 +234,13 @@ def _of_hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -
         wanted = theirs[round(layer * teachers / students)][real].float()
         total = total + (ours[layer][real].float() - wanted).pow(2).sum() / wanted.pow(2).sum()
     return total / (students + 1)
+
+
+def _logits(outputs: Any, batch: Batch, task: "Task") -> Tensor:
+    """The head's outputs in float32; of answers a row of tokens each for first and last: (2 texts x tokens)."""
+    if task.kind == "question_answering":
+        return position_logits(outputs, batch["attention_mask"]).flatten(0, 1)
+    return outputs.logits.float()
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> Batch:

@@ -35,6 +35,7 @@ def test_declaring_a_task_imports_nothing_heavy() -> None:
         tasks.glue("stsb", max_length=32),
         tasks.stsb(),
         tasks.movie_reviews("imdb"),
+        tasks.squad(2, doc_stride=64),
         tasks.language_modelling(),
         tasks.similarity("owner/name", config="x"),
         toy(),

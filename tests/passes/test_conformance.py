@@ -26,11 +26,10 @@ def quick(cls, **settings):
 def manager(out, tokenizer, **settings):
     return sc.PassManager(
         out=out,
-        task=toys.classification_task(),
         tokenizer=tokenizer,
         measuring=Measuring(limit=8, latency=False),
         progress=quiet,
-        **settings,
+        **{"task": toys.classification_task(), **settings},
     )
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
 from stackcomp.data import tasks
 from stackcomp.data.batches import Collator
 from stackcomp.training import DistillationLoss, TaskLoss, TrainSettings
+from tests import toys
 from tests.training.toy import TASK, classifier, run
 
 PAIRS = {
@@ -171,3 +172,52 @@ def test_wrong_weights_and_teachers_are_refused(tokenizer) -> None:
         teacher.classifier.bias[0] = torch.inf
     with pytest.raises(TrainingDiverged, match="teacher's outputs are not finite"):
         DistillationLoss(teacher=teacher, task=TASK)(classifier(), batch)
+
+
+def questions() -> tuple[tasks.Task, PreTrainedTokenizerBase, dict[str, torch.Tensor]]:
+    task, tokenizer = toys.question_task(), toys.tokenizer()
+    return task, tokenizer, batch_of(task, tokenizer)
+
+
+def test_answers_are_learned_as_the_model_itself_says_where_nothing_is_padded() -> None:
+    task, tokenizer, _ = questions()
+    model = toys.make("bert", "AutoModelForQuestionAnswering")
+    rows = task.encode(tokenizer, "train")
+    length = len(rows["input_ids"][0])
+    rows = [{"index": i, **rows[i]} for i in range(40) if len(rows["input_ids"][i]) == length]
+    batch = Collator(tokenizer)(rows)
+    start, end = batch["labels"].unbind(1)
+    tokens = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    wanted = model(**tokens, start_positions=start, end_positions=end).loss
+    torch.testing.assert_close(TaskLoss(task=task)(model, batch), wanted)
+
+
+def test_distillation_of_answers() -> None:
+    task, _, batch = questions()
+    teacher, student = (toys.make("bert", "AutoModelForQuestionAnswering", seed=seed) for seed in (0, 1))
+    found = DistillationLoss(teacher=teacher, task=task, temperature=2.0, hidden=0, labels=0.5)(
+        student, batch
+    )
+    tokens = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    ours, theirs = student(**tokens), teacher(**tokens)
+    wanted = []
+    for side, key in enumerate(("start_logits", "end_logits")):
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            soft = (theirs[key][row][mask] / 2).softmax(-1)
+            divergence = (soft * (soft.log() - (ours[key][row][mask] / 2).log_softmax(-1))).sum()
+            missed = -ours[key][row][mask].log_softmax(-1)[batch["labels"][row, side]]
+            wanted.append(4 * divergence + 0.5 * missed)
+    torch.testing.assert_close(found, torch.stack(wanted).mean())
+    assert DistillationLoss(teacher=teacher, task=task)(teacher, batch).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_answers_are_learned(tmp_path: Path, distilled: bool) -> None:
+    task, tokenizer, batch = questions()
+    model = toys.make("bert", "AutoModelForQuestionAnswering")
+    teacher = toys.make("bert", "AutoModelForQuestionAnswering", seed=1)
+    loss = DistillationLoss(teacher=teacher, task=task, hidden=0) if distilled else TaskLoss(task=task)
+    before = loss(model, batch).item()
+    settings = TrainSettings(epochs=2, batch_size=8, learning_rate=1e-2)
+    run(model, tokenizer, tmp_path, task=task, loss=loss, settings=settings)
+    assert loss(model.eval(), batch).item() < before

@@ -1,0 +1,24 @@
+"""What answers to questions depend on."""
+
+import pytest
+import torch
+
+from stackcomp.data import Calibration, gradient_moments
+from stackcomp.data.question_answering import position_logits
+from tests import toys
+
+
+def test_gradients_of_answers_have_the_moment_of_draws_from_the_prediction() -> None:
+    """Of log p(y) with respect to the logit of token t: 1 where y = t, less p_t; its square sums to 1 - sum of p_t^2 on average."""
+    model, tokenizer = toys.make("bert", "AutoModelForQuestionAnswering"), toys.tokenizer()
+    texts = ["the film is good", "the very bad plot was very bad and the scene was sad"] * 300
+    calibration = Calibration(
+        texts, tokenizer, batch_size=len(texts)
+    )  # one batch, so that half of it is padded
+    (found,) = gradient_moments(calibration, model, {"qa_outputs": model.qa_outputs}, seed=0).values()
+    (batch,) = calibration.batches()
+    with torch.no_grad():
+        chance = position_logits(model(**batch), batch["attention_mask"]).softmax(-1)
+    wanted = (1 - chance.pow(2).sum(-1)).sum(0) / calibration.tokens
+    assert found is not None
+    assert found.diagonal().tolist() == pytest.approx(wanted.tolist(), rel=0.1)
