@@ -234,8 +234,8 @@ class Run:
         chosen = self.plans[step - 1]
         targets = (
             tuple(weight.id for weight in chosen.weights)
-            if item.contract.trains
-            else chosen.select(only=item.only, skip=item.skip)
+            if not item.contract.selects
+            else item.selected(chosen)
         )
         torch.manual_seed(self.seed)
         context = Context(
@@ -330,8 +330,8 @@ class Run:
         return {
             id_
             for item, plan in zip(self.passes, self.plans, strict=False)
-            if not item.contract.trains
-            for id_ in plan.select(only=item.only, skip=item.skip)
+            if item.contract.selects
+            for id_ in item.selected(plan)
         }
 
     @property
