@@ -322,13 +322,14 @@ class Run:
         """The row that `_make` wrote, with the bytes of the layers that some pass of *this* pipeline changes."""
         row = ledgers.read((self._folder(step) / "ledger.json").read_text("utf8")).rows[0]
         stored = json.loads((self._folder(step) / "recipe.json").read_text("utf8"))["linear_bytes"]
-        return replace(row, layer_bytes=sum(stored.get(id_, 0) for id_ in self._touched))
+        ids = [weight.id for weight in self.plans[step].weights if weight.origin in self._touched]
+        return replace(row, layer_bytes=sum(stored.get(id_, 0) for id_ in ids))
 
     @cached_property
     def _touched(self) -> set[str]:
-        """Ids of the weights that some pass of the pipeline changes."""
+        """The weights that some pass of the pipeline changes, by the ids they had in the model as it came."""
         return {
-            id_
+            plan[id_].origin
             for item, plan in zip(self.passes, self.plans, strict=False)
             if item.contract.selects
             for id_ in item.selected(plan)

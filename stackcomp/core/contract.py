@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused
+from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused, StackcompError
 from stackcomp.core.facts import Fact, Facts, spell
 from stackcomp.core.plan import Form, Plan, PlannedWeight, form, spell_form
 
@@ -127,7 +127,10 @@ def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | No
         for index, step in enumerate(rest):
             if step in rest[:index]:
                 continue
-            following = _follow(step, current)
+            try:
+                following = _follow(step, current)
+            except StackcompError:  # its globs or settings do not fit what is left by then
+                continue
             if following is not None:
                 found = search((*done, step), rest[:index] + rest[index + 1 :], following)
                 if found is not None:
@@ -179,7 +182,7 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
         weights.append(
             replace(weight, forms=frozenset().union(*(contract.after(before) for before in weight.forms)))
         )
-    return Plan(tuple(weights))
+    return step.reshape(Plan(tuple(weights)))
 
 
 def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str:
@@ -210,8 +213,11 @@ def _culprit(
 ) -> str:
     """Which earlier step took the required fact away from the weight, or brought the forbidden one."""
 
+    origin = plans[index][id_].origin
+
     def fine(plan: Plan) -> bool:
-        words = [facts for parts in plan[id_].forms for _, facts in parts]
+        (weight,) = (weight for weight in plan.weights if weight.origin == origin)
+        words = [facts for parts in weight.forms for _, facts in parts]
         return (
             all(fact in facts for facts in words) if required else not any(fact in facts for facts in words)
         )

@@ -82,6 +82,11 @@ class Pass(ABC):
         """Ids of the weights that this pass works on."""
         return plan.select(only=self.only, skip=self.skip)
 
+    def reshape(self, plan: Plan) -> Plan:
+        """The plan once this pass has changed which weights there are, from names and shapes alone. Facts are
+        the contract's business; a weight that goes by another name afterwards keeps its `origin`."""
+        return plan
+
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         """Refuse, from shapes alone, settings that do not fit the selected weights; called before any weight is read."""
         del weights  # most settings fit every weight
