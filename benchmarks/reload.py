@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from stackcomp.core.context import Context
-    from stackcomp.core.plan import PlannedWeight
+    from stackcomp.core.plan import Plan, PlannedWeight
 
 SHORT = {"steps": 3, "batch_size": 8, "limit": 64, "samples": 64, "sweeps": 1}
 
@@ -44,6 +44,12 @@ class Recorded(Pass):
     @property
     def contract(self) -> sc.Contract:
         return self.inner.contract
+
+    def selected(self, plan: "Plan") -> tuple[str, ...]:
+        return self.inner.selected(plan)
+
+    def reshape(self, plan: "Plan") -> "Plan":
+        return self.inner.reshape(plan)
 
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         self.inner.examine(weights)

@@ -95,9 +95,7 @@ def _check(options: argparse.Namespace) -> int:
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
     for index, step in enumerate(pipeline.flat()):
         chosen = (
-            "trains the whole model"
-            if step.contract.trains
-            else _count(plans[index].select(only=step.only, skip=step.skip))
+            "trains the whole model" if not step.contract.selects else _count(step.selected(plans[index]))
         )
         print(f"  {index + 1}. {step}: {chosen}")
     return 0

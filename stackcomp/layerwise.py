@@ -68,7 +68,8 @@ class FactorizingPass(Pass):
     of its weights; sensitivity: weigh these outputs by what the model's own output makes of them (gradients,
     but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
     added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
-    of at least 1, None for no limit: the predicted error is local, and a layer it calls cheap may not be.
+    of at least 1: 1 gives every layer the same ratio (nothing is shared out), None sets no limit: the
+    predicted error is local, and a layer it calls cheap may not be.
     """
 
     ratio: float = 2.0
@@ -146,6 +147,8 @@ class FactorizingPass(Pass):
         left dense. All candidates where no budget can be kept so."""
         if self.spread is None:
             return candidates
+        if self.spread == 1.0:
+            return self._even(candidates, layers, budget)
         low, high = self.ratio / self.spread, self.ratio * self.spread
         near = {
             id_: [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
@@ -154,6 +157,21 @@ class FactorizingPass(Pass):
         }
         least = sum(min(option.size_bytes for option in options) for options in near.values())
         return near if least <= budget else candidates
+
+    def _even(
+        self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer], budget: int
+    ) -> "dict[str, list[Candidate]]":
+        """For each layer the best candidate that keeps the ratio. A layer that has none is left dense, and
+        the ratio of all others rises by what it costs."""
+
+        def keeping(id_: str, ratio: float) -> "list[Candidate]":
+            kept = [opt for opt in candidates[id_] if layers[id_].size_bytes >= ratio * opt.size_bytes]
+            return sorted(kept, key=lambda option: option.error)[:1]
+
+        able = {id_ for id_ in candidates if keeping(id_, self.ratio)}
+        left = budget - sum(layers[id_].size_bytes for id_ in candidates.keys() - able)
+        ratio = sum(layers[id_].size_bytes for id_ in able) / max(left, 1)
+        return {id_: keeping(id_, ratio) or options[:1] for id_, options in candidates.items()}
 
     def _layers(
         self, model: "PreTrainedModel", context: "Context"

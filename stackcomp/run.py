@@ -234,8 +234,8 @@ class Run:
         chosen = self.plans[step - 1]
         targets = (
             tuple(weight.id for weight in chosen.weights)
-            if item.contract.trains
-            else chosen.select(only=item.only, skip=item.skip)
+            if not item.contract.selects
+            else item.selected(chosen)
         )
         torch.manual_seed(self.seed)
         context = Context(
@@ -322,16 +322,17 @@ class Run:
         """The row that `_make` wrote, with the bytes of the layers that some pass of *this* pipeline changes."""
         row = ledgers.read((self._folder(step) / "ledger.json").read_text("utf8")).rows[0]
         stored = json.loads((self._folder(step) / "recipe.json").read_text("utf8"))["linear_bytes"]
-        return replace(row, layer_bytes=sum(stored.get(id_, 0) for id_ in self._touched))
+        ids = [weight.id for weight in self.plans[step].weights if weight.origin in self._touched]
+        return replace(row, layer_bytes=sum(stored.get(id_, 0) for id_ in ids))
 
     @cached_property
     def _touched(self) -> set[str]:
-        """Ids of the weights that some pass of the pipeline changes."""
+        """The weights that some pass of the pipeline changes, by the ids they had in the model as it came."""
         return {
-            id_
+            plan[id_].origin
             for item, plan in zip(self.passes, self.plans, strict=False)
-            if not item.contract.trains
-            for id_ in plan.select(only=item.only, skip=item.skip)
+            if item.contract.selects
+            for id_ in item.selected(plan)
         }
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused
+from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused, StackcompError
 from stackcomp.core.facts import Fact, Facts, spell
 from stackcomp.core.plan import Form, Plan, PlannedWeight, form, spell_form
 
@@ -35,7 +35,8 @@ class Contract:
     part gains, loses; all others are preserved; becomes: the forms a selected weight may take when the pass
     rebuilds it (facts by part name), in place of adds and removes; may_leave: a selected weight may stay as
     it was (too small to gain; a setting that asks for nothing); trains: the pass takes gradient steps over
-    the whole model and touches no fact; needs: what the manager must be given.
+    the whole model, and when it says nothing of facts it changes none and selects no part; needs: what the
+    manager must be given.
     """
 
     requires: Facts = frozenset()
@@ -61,15 +62,19 @@ class Contract:
         ]
         said += [f"may leave [{spell_form(form(parts))}]" for parts in self.becomes]
         said += ["may leave a weight as it was"] if self.may_leave else []
-        said += ["trains, keeps every fact"] if self.trains else []
+        said += ["trains" if self.selects else "trains, keeps every fact"] if self.trains else []
         said += [f"needs {', '.join(sorted(self.needs))}"] if self.needs else []
         return "; ".join(said)
 
+    @property
+    def selects(self) -> bool:
+        """Whether the pass works on the parts it selects; one that only trains works on all there are."""
+        said = self.requires or self.forbids or self.adds or self.removes or self.becomes
+        return not self.trains or bool(said)
+
     def after(self, before: Form) -> frozenset[Form]:
         """The forms a selected weight of form `before` may have afterwards."""
-        stays = {before} if self.may_leave or self.trains else set[Form]()
-        if self.trains:
-            return frozenset(stays)
+        stays = {before} if self.may_leave else set[Form]()
         if self.becomes:
             return frozenset(stays | {form(parts) for parts in self.becomes})
         changed = frozenset((name, words - self.removes | self.adds) for name, words in before)
@@ -122,7 +127,10 @@ def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | No
         for index, step in enumerate(rest):
             if step in rest[:index]:
                 continue
-            following = _follow(step, current)
+            try:
+                following = _follow(step, current)
+            except StackcompError:  # its globs or settings do not fit what is left by then
+                continue
             if following is not None:
                 found = search((*done, step), rest[:index] + rest[index + 1 :], following)
                 if found is not None:
@@ -155,8 +163,8 @@ def verify(step: "Pass", predicted: Plan, found: Plan) -> None:
 def _follow(step: "Pass", plan: Plan) -> Plan | None:
     """The plan after `step`, or None when the step is refused."""
     contract = step.contract
-    chosen = set(plan.select(only=step.only, skip=step.skip))
-    if contract.trains:
+    chosen = set(step.selected(plan))
+    if not contract.selects:
         return plan
     if not chosen:
         raise NothingToCompress(
@@ -174,13 +182,13 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
         weights.append(
             replace(weight, forms=frozenset().union(*(contract.after(before) for before in weight.forms)))
         )
-    return Plan(tuple(weights))
+    return step.reshape(Plan(tuple(weights)))
 
 
 def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str:
     """The whole message for the step at `index`, refused on plans[index]."""
     step, plan = passes[index], plans[index]
-    chosen = plan.select(only=step.only, skip=step.skip)
+    chosen = step.selected(plan)
     found: dict[tuple[str, Fact, bool], list[str]] = {}
     for id_ in chosen:
         for objection in sorted(
@@ -205,8 +213,11 @@ def _culprit(
 ) -> str:
     """Which earlier step took the required fact away from the weight, or brought the forbidden one."""
 
+    origin = plans[index][id_].origin
+
     def fine(plan: Plan) -> bool:
-        words = [facts for parts in plan[id_].forms for _, facts in parts]
+        (weight,) = (weight for weight in plan.weights if weight.origin == origin)
+        words = [facts for parts in weight.forms for _, facts in parts]
         return (
             all(fact in facts for facts in words) if required else not any(fact in facts for facts in words)
         )

@@ -4,10 +4,12 @@ A family is named by `model_type` of config.json. A model of another family stil
 found by their types when it is loaded; the table only serves to describe a checkpoint without loading it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from stackcomp.core.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,34 @@ FAMILIES: dict[str, Family] = {
 
 for _like in ("mistral", "qwen2", "qwen3"):  # Llama-like: the same names
     FAMILIES[_like] = FAMILIES["llama"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The repeated layers of a model: the path of their list, and how many there are."""
+
+    path: str
+    count: int
+
+    def split(self, path: str) -> tuple[int, str] | None:
+        """The layer that `path` is in and the rest of the path; None outside the stack."""
+        if not path.startswith(f"{self.path}."):
+            return None
+        number, _, rest = path.removeprefix(f"{self.path}.").partition(".")
+        return int(number), rest
+
+
+def stack_of(paths: Iterable[str]) -> Stack:
+    """The stack that these paths of weights are in. Raises UnsupportedModel where no family has such paths."""
+    known = [*paths]
+    for path in dict.fromkeys(family.blocks.removesuffix(".*") for family in FAMILIES.values()):
+        found = [place[0] for name in known if (place := Stack(path=path, count=0).split(name))]
+        if found:
+            return Stack(path=path, count=max(found) + 1)
+    raise UnsupportedModel(
+        f"no layers are at {', '.join(sorted({family.blocks for family in FAMILIES.values()}))}: "
+        "add the model's family to stackcomp/core/families.py"
+    )
 
 
 def word_embedding(family: Family, paths: list[str]) -> str | None:

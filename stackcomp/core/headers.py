@@ -161,7 +161,7 @@ def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def plain(kind: str) -> Plan:
-    """The plan of a plain dense model of a family: two layers of width 64 with a classifier, to check a
+    """The plan of a plain dense model of a family: twelve layers of width 64 with a classifier, to check a
     pipeline without a model."""
     family = FAMILIES[kind]
     width = 64
@@ -169,7 +169,11 @@ def plain(kind: str) -> Plan:
     words = family.embeddings[0].replace("*_embeddings", "word_embeddings")
     paths = [
         words,
-        *(f"{family.blocks.replace('*', str(layer))}.{name}" for layer in range(2) for name in _INSIDE[kind]),
+        *(
+            f"{family.blocks.replace('*', str(layer))}.{name}"
+            for layer in range(12)
+            for name in _INSIDE[kind]
+        ),
     ]
     tensors = {f"{path}.weight": entry for path in [*paths, "pooler.dense", "classifier"]}
     return Plan.of(dense_weights({"model_type": kind}, tensors, taken=[]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
-from stackcomp.core.plan import PlannedWeight
+from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.selection import Globs, nearest
 
 if TYPE_CHECKING:
@@ -77,6 +77,15 @@ class Pass(ABC):
     @abstractmethod
     def contract(self) -> Contract:
         """What this pass, with these settings, asks and promises."""
+
+    def selected(self, plan: Plan) -> tuple[str, ...]:
+        """Ids of the weights that this pass works on."""
+        return plan.select(only=self.only, skip=self.skip)
+
+    def reshape(self, plan: Plan) -> Plan:
+        """The plan once this pass has changed which weights there are, from names and shapes alone. Facts are
+        the contract's business; a weight that goes by another name afterwards keeps its `origin`."""
+        return plan
 
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         """Refuse, from shapes alone, settings that do not fit the selected weights; called before any weight is read."""

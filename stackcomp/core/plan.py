@@ -29,9 +29,10 @@ def spell_form(parts: Form) -> str:
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
     """One logical weight: rows x cols (output x input features), its module paths, and the forms it may
-    have."""
+    have; origin is the id that it had in the model as it came."""
 
     id: str
+    origin: str
     kind: Literal["linear", "embedding"]
     rows: int
     cols: int
@@ -52,6 +53,7 @@ class Plan:
             tuple(
                 PlannedWeight(
                     id=spec.id,
+                    origin=spec.id,
                     kind=spec.kind,
                     rows=spec.rows,
                     cols=spec.cols,

@@ -1,9 +1,14 @@
 """Range checks for settings: each raises a SettingError that names the setting, the value and the range."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from stackcomp.core.errors import SettingError
+
+if TYPE_CHECKING:
+    from stackcomp.core.plan import PlannedWeight
 
 
 def within(name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False) -> None:
@@ -25,3 +30,28 @@ def one_of(name: str, value: object, choices: Collection[object]) -> None:
     """Refuse a value that is not among `choices`."""
     if value not in choices:
         raise SettingError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}")
+
+
+def sparsity_groups(sparsity: object) -> tuple[int, int] | None:
+    """(n, m) of a sparsity "n:m", None of a share; refuses anything else."""
+    if not isinstance(sparsity, str):
+        within("sparsity", sparsity, 0.0, 0.999)
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", sparsity)
+    kept, group = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= kept < group <= 64:
+        raise SettingError(
+            f"sparsity={sparsity!r} is not known: give 'n:m' with 1 <= n < m <= 64, as '2:4', or a share"
+        )
+    return kept, group
+
+
+def groups_fit(sparsity: object, weights: "Sequence[PlannedWeight]") -> None:
+    """Refuse a sparsity "n:m" whose groups do not divide the inputs of a weight."""
+    groups = sparsity_groups(sparsity)
+    for weight in weights:
+        if groups and weight.cols % groups[1]:
+            raise SettingError(
+                f"sparsity={sparsity!r}: {groups[1]} does not divide the {weight.cols} inputs of {weight.id}; "
+                f"give another pattern or skip={weight.id!r}"
+            )

@@ -2,10 +2,12 @@ from . import tasks as tasks
 from .batches import Collator as Collator
 from .batches import LengthBatches as LengthBatches
 from .batches import inference_batches as inference_batches
+from .batches import lengths_of as lengths_of
 from .calibration import Calibration as Calibration
 from .calibration import CrossMoment as CrossMoment
 from .calibration import SecondMoment as SecondMoment
 from .sensitivity import gradient_moments as gradient_moments
+from .sensitivity import row_importance as row_importance
 from .sources import Files as Files
 from .sources import Hub as Hub
 from .sources import Package as Package

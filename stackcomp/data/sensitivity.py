@@ -1,14 +1,15 @@
-"""How much what a model says depends on the outputs of each layer, from unlabelled text.
+"""How much what a model says depends on its layers: on the outputs of each, from unlabelled text, and on the rows of each weight, from
+labels.
 
 Letters: n output features of a layer; g (n) the gradient of what the model says with respect to one token's output of that layer.
 
-The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label is
-read: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in
+The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label
+is read for it: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in
 FWSVD, arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token; for
 numbers that of the number; for plain encoders that of the normalised mean embedding along random signs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 from stackcomp.core.context import Progress, quiet
 from stackcomp.data.calibration import Calibration
 from stackcomp.data.question_answering import position_logits
+from stackcomp.nn import WeightHandle
 
 PROBES = 1  # random draws a batch: many texts say more than many draws
 
@@ -62,6 +64,33 @@ def gradient_moments(
     return {name: None if total is None else total / tokens[name] for name, total in sums.items()}
 
 
+def row_importance(
+    model: nn.Module,
+    handles: Mapping[str, WeightHandle],
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """I (n) of each plain weight W (n x m): I_i = sum_j F_ij, F_ij = E[(dL/dW_ij)^2] the diagonal of the empirical Fisher matrix.
+
+    The mean is over batches, and L is the mean `loss` of a batch: with batches of one example this is the formula of FWSVD (arXiv
+    2207.00112); with batches of B the gradients are averaged before they are squared, which divides I by about B where they cancel out.
+    A weight that the loss does not reach has I = 0. The model runs without dropout and is left as it was.
+    """
+    sums = {id_: torch.zeros(handle.spec.rows) for id_, handle in handles.items()}
+    count = 0
+    with _frozen(model):
+        parameters = [handle.parameter.requires_grad_() for handle in handles.values()]
+        device = parameters[0].device
+        for batch in batches:
+            count += 1
+            given = {key: part.to(device) for key, part in batch.items()}
+            gradients = torch.autograd.grad(loss(model, given), parameters, allow_unused=True)
+            for (id_, handle), gradient in zip(handles.items(), gradients, strict=True):
+                if gradient is not None:
+                    sums[id_] += handle.oriented(gradient.float().square()).sum(1).cpu()
+    return {id_: total / count for id_, total in sums.items()}
+
+
 def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """A random scalar of what the model says, whose gradients have the moment wanted."""
     if "start_logits" in said:
@@ -98,12 +127,7 @@ def _real(gradient: Tensor, mask: Tensor) -> Tensor:
 
 @contextmanager
 def _open(model: nn.Module, modules: Mapping[str, nn.Module], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Run in eval mode with a graph from the embeddings on, keeping the outputs of `modules`; nothing accumulates in parameters."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    for parameter in flags:
-        parameter.requires_grad_(False)
+    """Run with a graph from the embeddings on, keeping the outputs of `modules`; nothing accumulates in parameters."""
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -115,14 +139,26 @@ def _open(model: nn.Module, modules: Mapping[str, nn.Module], outputs: dict[str,
         return output.detach().requires_grad_()
 
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks, _frozen(model):
         hooks.callback(embeddings.register_forward_hook(begin).remove)
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(keep(name)).remove)
-        try:
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode with gradients on and no parameter that requires one; gives modes and flags back."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
             yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            for module, training in modes.items():
-                module.training = training
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, training in modes.items():
+            module.training = training

@@ -8,6 +8,7 @@ from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear
 from .matrix import StoredMatrix as StoredMatrix
 from .surgery import factorize as factorize
+from .surgery import keep_layers as keep_layers
 from .surgery import quantize as quantize
 from .surgery import sparsify as sparsify
 from .tree import WeightHandle as WeightHandle

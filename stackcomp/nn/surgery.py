@@ -1,22 +1,23 @@
-"""Changing how the weights of a model are stored, in place.
+"""Changing how the weights of a model are stored, and which layers there are, in place.
 
-Every function takes the id of a logical weight and changes all modules that use it; dtype, device, biases,
+Every function but `keep_layers` takes the id of a logical weight and changes all modules that use it; dtype, device, biases,
 padding and what trains are kept. Afterwards `model.save_pretrained` writes the new form and `from_pretrained`
 reads it.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.spec import Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import StoredMatrix, store, to_int8
 from stackcomp.nn.quantizer import attach
-from stackcomp.nn.tree import WeightHandle, put, weights
+from stackcomp.nn.tree import WeightHandle, absolute, put, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +106,34 @@ def quantize(model: "PreTrainedModel", id_: str, *, dynamic: bool) -> None:
         for part, matrix in _matrices(handle).items()
     }
     _put(model, handle, matrices, transposed=handle.spec.transposed)
+
+
+def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> None:
+    """Leave of the list of layers at path `stack` only those at `kept`, in this order, numbered anew, and say so in the config.
+
+    Raises UnsupportedModel where a layer computes with its number.
+    """
+    config: Any = model.config
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedModel(
+            "scale_attn_by_inverse_layer_idx=True: attention depends on a layer's number, so that layers cannot be renumbered; "
+            "leave this model its depth"
+        )
+    name = absolute(model, stack)
+    if name is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no layers at {stack}: give a model of this family"
+        )
+    layers: Any = model.get_submodule(name)
+    left = nn.ModuleList(layers[place] for place in kept)
+    for place, layer in enumerate(left):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # by which a cache is addressed
+                module.layer_idx = place  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    model.set_submodule(name, left.train(layers.training))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[place] for place in kept]
+    config.num_hidden_layers = len(left)
 
 
 def _matrices(handle: WeightHandle) -> dict[str, StoredMatrix]:

@@ -39,8 +39,18 @@ class WeightHandle:
         module = self.modules[0]
         if isinstance(module, CompressedLayer):
             return module.dense().detach()
-        weight = _parameter(module).detach()
-        return weight.t() if isinstance(module, Conv1D) else weight
+        return self.oriented(_parameter(module).detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight of a plain layer, as the layer keeps it."""
+        weight = _parameter(self.modules[0])
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor in the shape of `parameter` as output x input features, and back."""
+        return tensor.t() if isinstance(self.modules[0], Conv1D) else tensor
 
     @property
     def requires_grad(self) -> bool:

@@ -9,6 +9,8 @@ from .factorize import DenseSparseFactors as DenseSparseFactors
 from .factorize import dense_sparse as dense_sparse
 from .low_rank import low_rank as low_rank
 from .low_rank import rank_errors as rank_errors
+from .masks import highest as highest
+from .masks import highest_in_groups as highest_in_groups
 from .masks import largest as largest
 from .masks import largest_in_groups as largest_in_groups
 from .quantize import int8_linear as int8_linear

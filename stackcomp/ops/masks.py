@@ -5,18 +5,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+def highest(scores: Float[Tensor, "..."], kept: int) -> Bool[Tensor, "..."]:
+    """Keep the `kept` highest of all scores."""
+    flat = scores.flatten()
+    if kept >= len(flat):
+        return torch.ones_like(scores, dtype=torch.bool)
+    lowest = flat.kthvalue(len(flat) - kept + 1).values if kept else flat.new_tensor(torch.inf)
+    above, equal = flat > lowest, flat == lowest
+    room = kept - int(above.sum())
+    return (above | (equal & (equal.cumsum(0) <= room))).view_as(scores)
+
+
+def highest_in_groups(scores: Float[Tensor, "rows cols"], kept: int, group: int) -> Bool[Tensor, "rows cols"]:
+    """Keep the `kept` highest scores of every `group` consecutive columns of a row; `group` must divide the columns."""
+    grouped = scores.unflatten(1, (-1, group))
+    order = grouped.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order[..., :kept], True)
+    return mask.flatten(1)
+
+
 def largest(matrix: Float[Tensor, "rows cols"], share: float) -> Bool[Tensor, "rows cols"]:
     """Keep the `share` (0 to 1) of all entries with the largest magnitude, at least one."""
-    kept = max(1, round(matrix.numel() * share))
-    order = matrix.abs().flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(matrix.numel(), dtype=torch.bool, device=matrix.device)
-    mask[order[:kept]] = True
-    return mask.view_as(matrix)
+    return highest(matrix.abs(), max(1, round(matrix.numel() * share)))
 
 
 def largest_in_groups(matrix: Float[Tensor, "rows cols"], kept: int, group: int) -> Bool[Tensor, "rows cols"]:
     """Keep the `kept` largest magnitudes of every `group` consecutive columns of a row; `group` must divide the columns."""
-    grouped = matrix.abs().unflatten(1, (-1, group))
-    order = grouped.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order[..., :kept], True)
-    return mask.flatten(1)
+    return highest_in_groups(matrix.abs(), kept, group)

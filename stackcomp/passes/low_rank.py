@@ -27,9 +27,12 @@ class LowRank(FactorizingPass):
     With data_aware the factors are the best of their rank for the layer's outputs, as in DRONE and SVD-LLM.
     Where we differ: ranks are shared out over layers by the predicted error of the model's output, and a
     layer's bias takes up the mean of its error.
+
+    The plain SVD that papers compare with is `LowRank(data_aware=False, spread=1.0)`: the best factors for the
+    weight itself, every layer at the same ratio, r = nm / (ratio (n + m)) rounded down.
     """
 
-    paper: ClassVar[str] = "SVD-LLM, arXiv:2403.07378; FWSVD, arXiv:2207.00112"
+    paper: ClassVar[str] = "SVD-LLM, arXiv:2403.07378"
 
     @property
     def contract(self) -> Contract:
@@ -46,7 +49,7 @@ class LowRank(FactorizingPass):
 
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
         return {
-            id_: _priced(layer)
+            id_: _priced(layer, None if self.spread == 1.0 else RANKS)
             for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
         }
 
@@ -57,13 +60,14 @@ class LowRank(FactorizingPass):
         )
 
 
-def _priced(layer: Layer) -> "list[Candidate]":
-    """The layer at `RANKS` ranks up to where it is no smaller than dense."""
+def _priced(layer: Layer, count: int | None) -> "list[Candidate]":
+    """The layer at `count` ranks up to where it is no smaller than dense, or at each of them."""
     rows, cols = layer.weight.shape
     errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
     highest = rows * cols // (rows + cols)
+    steps = count or highest
     ranks = sorted(
-        {max(1, round(highest * step / RANKS)) for step in range(1, RANKS + 1)} if highest else set()
+        {max(1, round(highest * step / steps)) for step in range(1, steps + 1)} if highest else set()
     )
     return [
         ops.Candidate(

@@ -1,17 +1,15 @@
 """Magnitude pruning, unstructured and N:M."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import nn, ops
 from stackcomp.core.contract import Contract
-from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import within
+from stackcomp.core.settings import groups_fit, sparsity_groups
 
 if TYPE_CHECKING:
     import torch
@@ -37,19 +35,12 @@ class MagnitudePrune(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sparsity, str):
-            within("sparsity", self.sparsity, 0.0, 0.999)
-        elif self._groups is None:
-            raise SettingError(
-                f"sparsity={self.sparsity!r} is not known: give 'n:m' with 1 <= n < m <= 64, as '2:4', or a share"
-            )
+        _ = self._groups
 
     @property
     def _groups(self) -> tuple[int, int] | None:
         """(n, m) of an "n:m" sparsity."""
-        found = re.fullmatch(r"(\d+):(\d+)", str(self.sparsity))
-        kept, group = map(int, found.groups()) if found else (0, 0)
-        return (kept, group) if 1 <= kept < group <= 64 else None
+        return sparsity_groups(self.sparsity)
 
     @property
     def contract(self) -> Contract:
@@ -63,12 +54,7 @@ class MagnitudePrune(Pass):
         )
 
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
-        for weight in weights:
-            if self._groups and weight.cols % self._groups[1]:
-                raise SettingError(
-                    f"sparsity={self.sparsity!r}: {self._groups[1]} does not divide the {weight.cols} inputs of {weight.id}; "
-                    f"give another pattern or skip={weight.id!r}"
-                )
+        groups_fit(self.sparsity, weights)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.sparsity == 0:

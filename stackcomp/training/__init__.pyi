@@ -1,6 +1,9 @@
 from .loop import TrainReport as TrainReport
+from .loop import planned_steps as planned_steps
 from .loop import train as train
 from .losses import DistillationLoss as DistillationLoss
 from .losses import Loss as Loss
 from .losses import TaskLoss as TaskLoss
+from .scores import ScoredMask as ScoredMask
+from .scores import scored as scored
 from .settings import TrainSettings as TrainSettings

@@ -58,14 +58,16 @@ def train(
     trainable: Callable[[str], bool] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
+    on_step: Callable[[int], None] | None = None,
 ) -> TrainReport:
     """Train `model` in place on the training split of `task`, and resume by itself from what `scratch` holds.
 
     trainable: which parameters learn, by name; without it, those that require a gradient now. scratch: a
     private folder, the only place written to; what it holds of another run (other settings, seed, task or
-    loss) is removed. The model gets its modes and its requires_grad back, and the caller its random state.
-    Raises `SettingError` where nothing is left to train, `DataError` for data that cannot be used, and
-    `TrainingDiverged` naming the step where the loss is not finite.
+    loss) is removed. on_step: called before every optimizer step with the number of steps done. The model
+    gets its modes and its requires_grad back, and the caller its random state. Raises `SettingError` where
+    nothing is left to train, `DataError` for data that cannot be used, and `TrainingDiverged` naming the
+    step where the loss is not finite.
     """
     from stackcomp.training.trainer import LossTrainer, Run
 
@@ -73,8 +75,7 @@ def train(
     encoded = task.encode(tokenizer, "train", settings.limit, labelled=loss.labelled)
     rows = _Rows(encoded)
     batches = LengthBatches(rows.lengths, batch_size=settings.batch_size, seed=seed)
-    steps = math.ceil(len(batches) * settings.epochs)
-    steps = steps if settings.steps is None else min(steps, settings.steps)
+    steps = _steps(len(rows), settings)
     run = Run(
         settings=settings,
         steps=steps,
@@ -87,7 +88,13 @@ def train(
     with _lent(model, trainable) as (trained, frozen):
         model.to(run.device)
         trainer = LossTrainer(
-            model, loss=loss, rows=rows, batches=batches, collate=Collator(tokenizer), run=run
+            model,
+            loss=loss,
+            rows=rows,
+            batches=batches,
+            collate=Collator(tokenizer),
+            run=run,
+            on_step=on_step,
         )
         loss.prepare(
             Preparation(
@@ -112,6 +119,18 @@ def train(
         final_loss=outcome.final_loss,
         resumed_step=outcome.resumed_step,
     )
+
+
+def planned_steps(
+    task: "Task", tokenizer: "PreTrainedTokenizerBase", settings: TrainSettings, *, labelled: bool
+) -> int:
+    """How many steps `train` will take: what a schedule of its own must know beforehand."""
+    return _steps(task.encode(tokenizer, "train", settings.limit, labelled=labelled).num_rows, settings)
+
+
+def _steps(examples: int, settings: TrainSettings) -> int:
+    steps = math.ceil(math.ceil(examples / settings.batch_size) * settings.epochs)
+    return steps if settings.steps is None else min(steps, settings.steps)
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, Any]]):

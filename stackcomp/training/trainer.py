@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class LossTrainer(Trainer):
         batches: LengthBatches,
         collate: Collator,
         run: Run,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.collate = collate
         self._batches = batches
@@ -105,7 +106,7 @@ class LossTrainer(Trainer):
                 args=_arguments(run),
                 train_dataset=rows,
                 data_collator=collate,
-                callbacks=[_Bar(run)],
+                callbacks=[_Bar(run), *([] if on_step is None else [_BeforeStep(on_step)])],
             )
             self.remove_callback(PrinterCallback)
 
@@ -222,6 +223,18 @@ class _Bar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         next(self._ticks, None)
+
+
+class _BeforeStep(TrainerCallback):
+    """Tells the caller how many steps are done, before each."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self._on_step = on_step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._on_step(state.global_step)
 
 
 def _arguments(run: Run) -> TrainingArguments:

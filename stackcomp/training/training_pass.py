@@ -4,7 +4,7 @@ Imported by pass files at their top, so torch is imported only where a pass is a
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,24 +68,37 @@ class TrainingPass(Pass):
     def _loss(self, context: "Context") -> "Loss":
         """What to minimise."""
 
+    def _learns(self, name: str) -> bool:
+        """Whether the parameter of this name, relative to the base model, is trained."""
+        return chooses(name, only=self.only, skip=self.skip)
+
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        return {} if self.epochs == 0 else self._train(model, context, self._loss(context))
+
+    def _train(
+        self,
+        model: "PreTrainedModel",
+        context: "Context",
+        loss: "Loss",
+        on_step: Callable[[int], None] | None = None,
+    ) -> Findings:
+        """The steps themselves."""
         from stackcomp import training
 
-        if self.epochs == 0:
-            return {}
         assert context.task is not None
         assert context.tokenizer is not None
         report = training.train(
             model,
             task=context.task,
             tokenizer=context.tokenizer,
-            loss=self._loss(context),
+            loss=loss,
             settings=self._settings,
             seed=context.seed,
             scratch=context.scratch,
-            trainable=lambda name: chooses(nn.relative(model, name), only=self.only, skip=self.skip),
+            trainable=lambda name: self._learns(nn.relative(model, name)),
             device=context.device,
             progress=context.progress,
+            on_step=on_step,
         )
         rounded = [
             id_

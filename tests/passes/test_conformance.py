@@ -37,11 +37,7 @@ def apply(step, model, tokenizer, tmp_path, task=None):
     """The pass alone, on a model in memory."""
     plan = plan_of(model)
     original = copy.deepcopy(model)
-    chosen = (
-        plan.select(only=step.only, skip=step.skip)
-        if not step.contract.trains
-        else tuple(w.id for w in plan.weights)
-    )
+    chosen = step.selected(plan) if step.contract.selects else tuple(w.id for w in plan.weights)
     task = task or toys.classification_task()
     context = Context(
         targets=chosen,

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from stackcomp.core.errors import DataError, SettingError, TrainingDiverged
 from stackcomp.data import tasks
 from stackcomp.metrics import evaluate
-from stackcomp.training import TaskLoss, TrainSettings
+from stackcomp.training import TaskLoss, TrainSettings, planned_steps
 from tests.training.toy import TASK, classifier, run
 
 
@@ -102,6 +102,15 @@ def test_progress_ticks_once_a_step(tokenizer, tmp_path: Path) -> None:
 
     run(classifier(), tokenizer, tmp_path, settings=TrainSettings(epochs=2, steps=4), progress=progress)
     assert seen == [("training", 4), "closed"]
+
+
+def test_the_caller_hears_of_every_step_and_knows_their_number_before(tokenizer, tmp_path: Path) -> None:
+    seen: list[int] = []
+    for settings in (TrainSettings(epochs=1.5, batch_size=8), TrainSettings(epochs=9, steps=4, limit=20)):
+        seen.clear()
+        report = run(classifier(), tokenizer, tmp_path, settings=settings, on_step=seen.append)
+        assert seen == list(range(report.steps))
+        assert planned_steps(TASK, tokenizer, settings, labelled=True) == report.steps
 
 
 def test_diverging_loss_names_the_step(tokenizer, tmp_path: Path) -> None:

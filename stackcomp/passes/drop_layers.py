@@ -1,0 +1,114 @@
+"""A shallower model: whole layers go."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from stackcomp import nn
+from stackcomp.core.contract import Contract
+from stackcomp.core.errors import SettingError
+from stackcomp.core.families import Stack, stack_of
+from stackcomp.core.passes import Findings, Pass
+from stackcomp.core.plan import Plan
+from stackcomp.core.settings import one_of, whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stackcomp.core.context import Context
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DropLayers(Pass):
+    """Keep some of the model's layers as they are, and drop the others whole: an ordinary, shallower model of
+    the same family, however its layers are stored.
+
+    keep: how many layers stay; None is half of them, rounded up, or all that `which` names; which: "first", the
+    layers nearest to the input, which the paper found best; "last"; "even", spread evenly up to and including
+    the last one: layer i of k kept is layer round((i + 1) t / k) - 1 of t, whose output is also what Distill
+    makes it follow; or the layers themselves, as (0, 3, 5), in ascending order from 0.
+
+    Layers are numbered anew, so globs of later passes speak of the new numbers. `only` and `skip` cannot be
+    given. The model's family must be in the table of families.
+    """
+
+    keep: int | None = None
+    which: str | tuple[int, ...] = "even"
+
+    paper: ClassVar[str] = (
+        "Sajjad et al., arXiv:2004.03844; as a student's start: Sanh et al., DistilBERT, arXiv:1910.01108"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("only", "skip"):
+            if getattr(self, name) is not None:
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r}: DropLayers chooses layers by keep= and which=; leave it out"
+                )
+        if isinstance(self.which, str):
+            one_of("which", self.which, ("even", "first", "last"))
+        else:
+            named = cast("tuple[Any, ...]", tuple(self.which))
+            for place in named:
+                whole("which", place, 0)
+            if not named or list(named) != sorted(set(named)):
+                raise SettingError(
+                    f"which={self.which!r}: name at least one layer, in ascending order, each once"
+                )
+            object.__setattr__(self, "which", named)  # a list would make the pass unhashable
+        if self.keep is not None:
+            whole("keep", self.keep, 1)
+            if not isinstance(self.which, str) and self.keep != len(self.which):
+                raise SettingError(
+                    f"keep={self.keep} and which={self.which!r} differ: leave keep out where layers are named"
+                )
+
+    @property
+    def contract(self) -> Contract:
+        return Contract()
+
+    def selected(self, plan: Plan) -> tuple[str, ...]:
+        stack = _stack(plan)
+        return tuple(weight.id for weight in plan.weights if any(map(stack.split, weight.paths)))
+
+    def reshape(self, plan: Plan) -> Plan:
+        stack = _stack(plan)
+        places = {old: new for new, old in enumerate(self.kept(stack.count))}
+
+        def moved(path: str) -> str | None:
+            place = stack.split(path)
+            if place is None:
+                return path
+            return f"{stack.path}.{places[place[0]]}.{place[1]}" if place[0] in places else None
+
+        weights = [
+            (weight, tuple(new for path in weight.paths if (new := moved(path)) is not None))
+            for weight in plan.weights
+        ]
+        return Plan(tuple(replace(weight, id=paths[0], paths=paths) for weight, paths in weights if paths))
+
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        stack = stack_of(context.targets)
+        kept = self.kept(stack.count)
+        nn.keep_layers(model, stack.path, kept)
+        return {"kept": list(kept), "of": stack.count}
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The layers of `count` that stay. Raises SettingError when there are too few."""
+        if isinstance(self.which, tuple):
+            if self.which[-1] >= count:
+                raise SettingError(
+                    f"DropLayers: which={self.which!r} names layer {self.which[-1]} of {count}: give 0 to {count - 1}"
+                )
+            return self.which
+        keep = -(-count // 2) if self.keep is None else self.keep
+        if keep > count:
+            raise SettingError(f"DropLayers: keep={keep} of {count} layers: give at most {count}")
+        if self.which == "even":
+            return tuple(round((place + 1) * count / keep) - 1 for place in range(keep))
+        return tuple(range(keep)) if self.which == "first" else tuple(range(count - keep, count))
+
+
+def _stack(plan: Plan) -> Stack:
+    """The stack of layers of a planned model."""
+    return stack_of(path for weight in plan.weights for path in weight.paths)

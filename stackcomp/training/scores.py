@@ -1,0 +1,53 @@
+"""Learned scores: which entries of a weight are kept is learned beside their values, as in movement pruning (Sanh et al., arXiv
+2005.07683).
+
+    W' = M * W,  M chosen from scores S of the shape of W;  dL/dW = M * dL/dW',  dL/dS = W * dL/dW' (straight through the choice)
+
+Scores are parameters and masks are buffers of the model while it trains, so a checkpoint of the loop holds both.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stackcomp.nn import weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ScoredMask(nn.Module):
+    """A mask on one weight and the scores it is chosen by, both in the shape of the parameter; at first everything is kept."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """M * W, with the gradient of the scores passed straight through."""
+        passed = self.scores - self.scores.detach()  # exactly 0
+        return weight * (self.mask + passed).to(weight.dtype)
+
+
+@contextmanager
+def scored(model: "PreTrainedModel", ids: Iterable[str]) -> Iterator[dict[str, ScoredMask]]:
+    """Mask the plain weights `ids`, each used by one module, as long as the context lasts; afterwards they are whole again."""
+    handles = weights(model)
+    modules = {id_: handles[id_].modules[0] for id_ in ids}
+    masks = {id_: ScoredMask(handles[id_].parameter.detach()) for id_ in modules}
+    done: list[nn.Module] = []
+    try:
+        for id_, module in modules.items():
+            parametrize.register_parametrization(module, "weight", masks[id_])
+            done.append(module)
+        yield masks
+    finally:
+        for module in done:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
