@@ -34,7 +34,8 @@ class Contract:
     requires, forbids: facts each selected part must have, must not have; adds, removes: facts each selected
     part gains, loses; all others are preserved; becomes: the forms a selected weight may take when the pass
     rebuilds it (facts by part name), in place of adds and removes; may_leave: a selected weight may stay as
-    it was (too small to gain; a setting that asks for nothing); trains: the pass takes gradient steps over
+    it was (too small to gain; a setting that asks for nothing); finds: the pass works on the selected parts that
+    have these facts and passes over the others, and there must be one that may have them; trains: the pass takes gradient steps over
     the whole model, and when it says nothing of facts it changes none and selects no part; needs: what the
     manager must be given.
     """
@@ -45,6 +46,7 @@ class Contract:
     removes: Facts = frozenset()
     becomes: tuple[Mapping[str, Facts], ...] = ()
     may_leave: bool = False
+    finds: Facts = frozenset()
     trains: bool = False
     needs: frozenset[Need] = frozenset()
 
@@ -57,6 +59,7 @@ class Contract:
                 ("forbids", self.forbids),
                 ("adds", self.adds),
                 ("removes", self.removes),
+                ("works where it finds", self.finds),
             )
             if words
         ]
@@ -69,7 +72,7 @@ class Contract:
     @property
     def selects(self) -> bool:
         """Whether the pass works on the parts it selects; one that only trains works on all there are."""
-        said = self.requires or self.forbids or self.adds or self.removes or self.becomes
+        said = self.requires or self.forbids or self.adds or self.removes or self.becomes or self.finds
         return not self.trains or bool(said)
 
     def after(self, before: Form) -> frozenset[Form]:
@@ -79,6 +82,10 @@ class Contract:
             return frozenset(stays | {form(parts) for parts in self.becomes})
         changed = frozenset((name, words - self.removes | self.adds) for name, words in before)
         return frozenset(stays | {changed})
+
+    def found_in(self, before: Form) -> bool:
+        """Whether a part of form `before` has the facts that the pass looks for."""
+        return not self.finds or any(self.finds <= words for _, words in before)
 
     def objections(self, before: Form) -> Iterator[tuple[str, Fact, bool]]:
         """(part, fact, required) for every fact that is missing or forbidden in `before`."""
@@ -172,6 +179,8 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
             f"{len(plan.weights)} weights; widen only= or narrow skip="
         )
     step.examine([weight for weight in plan.weights if weight.id in chosen])
+    if not any(contract.found_in(before) for id_ in chosen for before in plan[id_].forms):
+        return None
     weights: list[PlannedWeight] = []
     for weight in plan.weights:
         if weight.id not in chosen:
@@ -196,6 +205,10 @@ def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str
         ):
             found.setdefault(objection, []).append(id_)
     lines = [f"step {index + 1}, {step}, cannot run here:"]
+    if not any(step.contract.found_in(before) for id_ in chosen for before in plan[id_].forms):
+        lines.append(
+            f"  it works on parts that are '{spell(step.contract.finds)}', and no selected weight has one"
+        )
     for (part, fact, required), ids in found.items():
         what = f"requires '{fact}', which is missing" if required else f"forbids '{fact}', which is there"
         culprit = _culprit(passes, plans, index, ids[0], fact, required)

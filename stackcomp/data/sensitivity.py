@@ -3,10 +3,10 @@ labels.
 
 Letters: n output features of a layer; g (n) the gradient of what the model says with respect to one token's output of that layer.
 
-The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label
-is read for it: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in
-FWSVD, arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token; for
-numbers that of the number; for plain encoders that of the normalised mean embedding along random signs.
+The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label is
+read for it: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix,
+as in FWSVD, arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token;
+for numbers that of the number; for plain encoders that of the normalised mean embedding along random signs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

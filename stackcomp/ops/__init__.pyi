@@ -6,6 +6,7 @@ from .allocate import allocate as allocate
 from .allocate import dense_sparse_bytes as dense_sparse_bytes
 from .allocate import shapes_of_size as shapes_of_size
 from .factorize import DenseSparseFactors as DenseSparseFactors
+from .factorize import Factorizer as Factorizer
 from .factorize import dense_sparse as dense_sparse
 from .low_rank import low_rank as low_rank
 from .low_rank import rank_errors as rank_errors

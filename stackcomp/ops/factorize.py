@@ -32,7 +32,9 @@ from stackcomp.ops.whiten import Whitener
 COUPLED_ROWS = (
     32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
 )
-FREE_ROWS = 512  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+FREE_ROWS = (
+    512  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+)
 DESCENT_STEPS = 8  # conjugate gradient steps of each least squares of independent rows
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
@@ -135,9 +137,7 @@ class Factorizer:
         self._width = columns // blocks
         self._problems = blocks if self._columns is None and self._rows is None else 1
         self._generator = torch.Generator().manual_seed(seed)
-        self._importance = (
-            weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
-        )
+        self._importance = weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
         self.aim(weight)
         if start is None:
             self.basis = self._first_basis()
@@ -149,9 +149,7 @@ class Factorizer:
         else:
             self.basis = start.basis
             self.code = self._split(scatter(start.support, start.values, self._group))
-            self.mask = self._split(
-                scatter(start.support, torch.ones_like(start.values), self._group).bool()
-            )
+            self.mask = self._split(scatter(start.support, torch.ones_like(start.values), self._group).bool())
             self._normalise_atoms()
             self._look()
 
@@ -160,9 +158,7 @@ class Factorizer:
         if not torch.isfinite(weight).all():
             raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
         self._weight = weight.T.contiguous() if self._transposed else weight
-        whitened = (
-            self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
-        )
+        whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
         if hasattr(self, "basis"):
             self._look()
@@ -282,10 +278,8 @@ class Factorizer:
 
     def _normalise_atoms(self) -> None:
         """Atoms of length one in the metric; a code takes the lengths up."""
-        if self._columns is None:
-            norms = self.basis.norm(dim=2)
-        else:
-            norms = self._whitened().norm(dim=1).view(self._blocks, self._atoms)
+        atoms = self.basis if self._columns is None else self._whitened()
+        norms = atoms.norm(dim=-1).view(self._blocks, self._atoms)
         norms = torch.where(norms > norms.max() * 1e-6, norms, norms.new_ones(()))
         self.basis = self.basis / norms[..., None]
         if hasattr(self, "code"):

@@ -5,25 +5,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stackcomp import nn, ops, training
-from stackcomp.core.contract import Contract, Need
+from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import groups_fit, one_of, sparsity_groups, within
-from stackcomp.training.training_pass import TrainingPass
+from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
-    from stackcomp.training.losses import Loss
     from stackcomp.training.scores import ScoredMask
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MovementPrune(TrainingPass):
+class MovementPrune(LearnedForm):
     """Fine-tune the whole model while entries of the selected weights are dropped: those that training moves
     towards zero. Only the kept values are stored, beside a packed support.
 
@@ -38,11 +37,12 @@ class MovementPrune(TrainingPass):
     distill: follow the model as it came, with this temperature and weight of the hidden states, as Distill does;
     without it, learn the labels of the task.
 
-    only, skip: the weights that are pruned; everything else is trained too. The other settings are those of every
-    training pass: epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, bf16, dropout, limit,
-    save_every.
+    only, skip: the weights that are pruned; everything but `frozen` is trained. distill: follow the model as it came,
+    with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task.
+    The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup, schedule,
+    weight_decay, bf16, dropout, limit, save_every.
 
-    Where we differ from the paper: embeddings are trained too, and scores have the learning rate of the weights,
+    Where we differ from the paper: embeddings are trained too unless frozen, and scores have the learning rate of the weights,
     as the order of scores under Adam does not depend on it.
     """
 
@@ -50,9 +50,6 @@ class MovementPrune(TrainingPass):
     scope: Literal["layer", "global"] = "layer"
     begin: float = 0.1
     end: float = 0.7
-    distill: bool = True
-    temperature: float = 2.0
-    hidden: float = 1.0
 
     paper: ClassVar[str] = "Sanh et al., arXiv:2005.07683"
 
@@ -67,8 +64,6 @@ class MovementPrune(TrainingPass):
         one_of("scope", self.scope, ("layer", "global"))
         within("begin", self.begin, 0.0, 1.0)
         within("end", self.end, self.begin, 1.0)
-        within("temperature", self.temperature, 0.0, above=True)
-        within("hidden", self.hidden, 0.0)
 
     @property
     def _groups(self) -> tuple[int, int] | None:
@@ -80,13 +75,12 @@ class MovementPrune(TrainingPass):
         asked = Contract(requires=facts(Fact.FLOAT, Fact.DENSE), forbids=facts(Fact.FACTOR))
         if self.epochs == 0:
             return asked
-        needs = {Need.TEACHER, Need.TEXT} if self.distill else {Need.LABELS}
         return replace(
             asked,
             adds=facts(Fact.SPARSE),
             removes=facts(Fact.DENSE),
             trains=True,
-            needs=frozenset(needs),
+            needs=self._needs,
         )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
@@ -97,22 +91,6 @@ class MovementPrune(TrainingPass):
                     f"MovementPrune: {weight.id} is used in several places ({', '.join(weight.paths)}), and only a weight of one "
                     f"module can be scored: give skip={weight.id!r}"
                 )
-
-    def _learns(self, name: str) -> bool:
-        del name  # `only` and `skip` say what is pruned
-        return True
-
-    def _loss(self, context: "Context") -> "Loss":
-        assert context.task is not None
-        if not self.distill:
-            return training.TaskLoss(task=context.task)
-        assert context.teacher is not None
-        return training.DistillationLoss(
-            teacher=context.teacher(),
-            task=context.task,
-            temperature=self.temperature,
-            hidden=self.hidden,
-        )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:

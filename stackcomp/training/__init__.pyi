@@ -7,3 +7,5 @@ from .losses import TaskLoss as TaskLoss
 from .scores import ScoredMask as ScoredMask
 from .scores import scored as scored
 from .settings import TrainSettings as TrainSettings
+from .straight_through import projects as projects
+from .straight_through import straightened as straightened

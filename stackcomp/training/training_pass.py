@@ -5,14 +5,15 @@ Imported by pass files at their top, so torch is imported only where a pass is a
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stackcomp import nn
+from stackcomp.core.contract import Need
 from stackcomp.core.facts import Fact
 from stackcomp.core.passes import Findings, Pass
-from stackcomp.core.selection import chooses
-from stackcomp.core.settings import whole
+from stackcomp.core.selection import Globs, chooses
+from stackcomp.core.settings import whole, within
 from stackcomp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -81,20 +82,30 @@ class TrainingPass(Pass):
         context: "Context",
         loss: "Loss",
         on_step: Callable[[int], None] | None = None,
+        *,
+        steps: int | None = None,
+        rate: float = 1.0,
+        scratch: str = "",
     ) -> Findings:
-        """The steps themselves."""
+        """The steps themselves; where the pass has several parts, `steps` of them at `rate` times the learning rate, in a folder
+        `scratch` of their own."""
         from stackcomp import training
 
         assert context.task is not None
         assert context.tokenizer is not None
+        settings = replace(
+            self._settings,
+            steps=self._settings.steps if steps is None else steps,
+            learning_rate=rate * self.learning_rate,
+        )
         report = training.train(
             model,
             task=context.task,
             tokenizer=context.tokenizer,
             loss=loss,
-            settings=self._settings,
+            settings=settings,
             seed=context.seed,
-            scratch=context.scratch,
+            scratch=context.scratch / scratch,
             trainable=lambda name: self._learns(nn.relative(model, name)),
             device=context.device,
             progress=context.progress,
@@ -111,3 +122,45 @@ class TrainingPass(Pass):
             else {}
         )
         return {**asdict(report), **note}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LearnedForm(TrainingPass):
+    """A training pass that also learns the form of the weights it selects: `only` and `skip` say which these are, and everything but
+    `frozen` is trained.
+
+    frozen: globs of what is not trained; distill: follow the model as it came, with this temperature and weight of the hidden states,
+    as Distill does; without it, learn the labels of the task. The other settings are those of every training pass.
+    """
+
+    frozen: Globs = None
+    distill: bool = True
+    temperature: float = 2.0
+    hidden: float = 1.0
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("temperature", self.temperature, 0.0, above=True)
+        within("hidden", self.hidden, 0.0)
+
+    @property
+    def _needs(self) -> frozenset[Need]:
+        return frozenset({Need.TEACHER, Need.TEXT} if self.distill else {Need.LABELS})
+
+    def _learns(self, name: str) -> bool:
+        return chooses(name, only=None, skip=self.frozen)
+
+    def _loss(self, context: "Context") -> "Loss":
+        from stackcomp import training
+
+        assert context.task is not None
+        if not self.distill:
+            return training.TaskLoss(task=context.task)
+        assert context.teacher is not None
+        return training.DistillationLoss(
+            teacher=context.teacher(),
+            task=context.task,
+            temperature=self.temperature,
+            hidden=self.hidden,
+        )

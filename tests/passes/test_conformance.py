@@ -1,6 +1,7 @@
 """What every pass must do. A new pass joins by existing: the list is the registry."""
 
 import copy
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import stackcomp as sc
 from stackcomp import checkpoint, nn
 from stackcomp.core.context import Context, quiet
+from stackcomp.core.contract import legal
 from stackcomp.core.errors import UnknownSetting
 from stackcomp.manager import Measuring, plan_of
 from stackcomp.passes import registered
@@ -33,10 +35,24 @@ def manager(out, tokenizer, **settings):
     )
 
 
+def led(step):
+    """The pass behind whatever it cannot do without: a pipeline that is legal on a dense model."""
+    plan = plan_of(toys.bert_classifier())
+    if legal((step,), plan):
+        return sc.Pipeline(step)
+    return next(sc.Pipeline(quick(cls), step) for cls in PASSES.values() if legal((quick(cls), step), plan))
+
+
 def apply(step, model, tokenizer, tmp_path, task=None):
-    """The pass alone, on a model in memory."""
-    plan = plan_of(model)
+    """The pass, and what it cannot do without, on a model in memory."""
     original = copy.deepcopy(model)
+    for item in led(step).flat():
+        found = apply_alone(item, model, original, tokenizer, tmp_path, task)
+    return found
+
+
+def apply_alone(step, model, original, tokenizer, tmp_path, task):
+    plan = plan_of(model)
     chosen = step.selected(plan) if step.contract.selects else tuple(w.id for w in plan.weights)
     task = task or toys.classification_task()
     context = Context(
@@ -48,7 +64,8 @@ def apply(step, model, tokenizer, tmp_path, task=None):
         teacher=lambda: original,
         calibration=lambda count: task.texts("train", count),
     )
-    (tmp_path / "scratch").mkdir(exist_ok=True)
+    shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
+    (tmp_path / "scratch").mkdir()
     return step.apply(model, context)
 
 
@@ -78,7 +95,7 @@ def test_docstring_and_paper_are_there(step):
 def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, tokenizer, tmp_path):
     before = nn.weights_digest(model)
     training = model.training
-    result = manager(tmp_path / "out", tokenizer).run(model, step)
+    result = manager(tmp_path / "out", tokenizer).run(model, led(step))
     assert nn.weights_digest(model) == before
     assert model.training == training
     batch = toys.batch(tokenizer)
@@ -92,7 +109,7 @@ def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, toke
 def test_same_seed_same_weights(step, model, tokenizer, tmp_path):
     files = []
     for name in ("one", "two"):
-        manager(tmp_path / name, tokenizer, seed=3).run(model, step)
+        manager(tmp_path / name, tokenizer, seed=3).run(model, led(step))
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
 
@@ -130,5 +147,5 @@ def test_tied_weights_stay_tied(step, tokenizer, tmp_path):
 @pytest.mark.parametrize("name", sorted(name for name, cls in PASSES.items() if cls.idle is not None))
 def test_settings_that_ask_for_nothing_do_nothing(name, model, tokenizer, tmp_path):
     before = nn.weights_digest(model)
-    apply(PASSES[name](**PASSES[name].idle), model, tokenizer, tmp_path)
+    apply_alone(PASSES[name](**PASSES[name].idle), model, model, tokenizer, tmp_path, None)
     assert nn.weights_digest(model) == before

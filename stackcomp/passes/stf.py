@@ -1,0 +1,128 @@
+"""The Straight-Through Factorizer: the support and both factors of dense-sparse weights learned for the task."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stackcomp import data, nn, ops, training
+from stackcomp.core.contract import Contract, Need
+from stackcomp.core.errors import NothingToCompress
+from stackcomp.core.facts import Fact, facts
+from stackcomp.core.passes import Findings
+from stackcomp.core.settings import whole, within
+from stackcomp.training.training_pass import LearnedForm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stackcomp.core.context import Context
+    from stackcomp.ops.whiten import Whitener
+    from stackcomp.training.straight_through import Latent
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class STF(LearnedForm):
+    """Learn the support of dense-sparse weights, and their factors, for the task; jointly over all layers.
+
+    Put it after DenseSparse, whose factors it starts from. A dense W is trained behind every S D: the model runs on the
+    projection of W, and the gradient goes straight through to W. At the end the model holds plain S and D again, in the
+    same bytes as before.
+
+    learned: share of the steps in which supports are learned; in the rest the factors themselves are trained on the
+    support that was found (learned=0 is the conventional practice: factor once, freeze the support, fine-tune).
+    every: steps between projections, each starting from the one before; between them the model runs on the last
+    projection plus what W has moved since. weight_rate: the learning rate of the first part over that of the second.
+    data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
+    in the plain one.
+
+    only, skip: the weights whose support is learned; everything but `frozen` is trained. distill: follow the model as it
+    came, with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the
+    task. The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup,
+    schedule, weight_decay, bf16, dropout, limit, save_every.
+
+    Where we differ from the paper: the start and the projections are data-aware, and the support is frozen for the last
+    steps, so that what is exported is what was trained.
+    """
+
+    learned: float = 0.5
+    every: int = 8
+    weight_rate: float = 1.0
+    data_aware: bool = True
+    samples: int = 1024
+    damping: float = 1e-3
+
+    paper: ClassVar[str] = "Chand et al., DSFormer, arXiv:2312.13211"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("learned", self.learned, 0.0, 1.0)
+        whole("every", self.every, 1)
+        within("weight_rate", self.weight_rate, 0.0, above=True)
+        whole("samples", self.samples, 1)
+        within("damping", self.damping, 0.0, 1.0, above=True)
+
+    @property
+    def contract(self) -> Contract:
+        wanted = facts(Fact.FLOAT, Fact.FACTOR, Fact.SPARSE)
+        if self.epochs == 0:
+            return Contract(finds=wanted, may_leave=True)
+        calibrated = {Need.CALIBRATION} if self.data_aware and self.learned > 0 else set[Need]()
+        return Contract(finds=wanted, may_leave=True, trains=True, needs=self._needs | calibrated)
+
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        if self.epochs == 0:
+            return {}
+        assert context.task is not None
+        assert context.tokenizer is not None
+        handles = {id_: nn.weights(model)[id_] for id_ in context.targets}
+        chosen = [id_ for id_, handle in handles.items() if training.projects(handle)]
+        if not chosen:
+            raise NothingToCompress(
+                f"STF: none of the {len(handles)} selected weights is dense-sparse (all were left low rank or dense): "
+                "ask DenseSparse for a higher ratio, or use Distill"
+            )
+        loss = self._loss(context)
+        total = training.planned_steps(
+            context.task, context.tokenizer, self._settings, labelled=loss.labelled
+        )
+        first = round(self.learned * total)
+        changed: list[float] = []
+        parts: dict[str, Any] = {}
+        if first:
+            metrics = self._metrics(model, context, chosen)
+            with training.straightened(model, metrics) as latents:
+
+                def project(step: int) -> None:
+                    if step and step % self.every == 0:
+                        changed.append(_project(latents))
+
+                parts["support"] = self._train(
+                    model, context, loss, project, steps=first, rate=self.weight_rate, scratch="support"
+                )
+                changed.append(_project(latents))
+        if first < total:
+            parts["values"] = self._train(model, context, loss, steps=total - first, scratch="values")
+        return {
+            **parts,
+            "weights": len(chosen),
+            "changed": [round(share, 5) for share in changed],
+        }
+
+    def _metrics(
+        self, model: "PreTrainedModel", context: "Context", ids: list[str]
+    ) -> "dict[str, Whitener | None]":
+        """The metric of the inputs of every weight."""
+        if not self.data_aware:
+            return dict.fromkeys(ids)
+        assert context.calibration is not None
+        assert context.tokenizer is not None
+        length = context.task.max_length if context.task is not None else 128
+        texts = context.calibration(self.samples)[: self.samples]
+        text = data.Calibration(texts, context.tokenizer, max_length=length)
+        modules = {id_: nn.weights(model)[id_].modules[0] for id_ in ids}
+        moments = text.second_moments(model, modules, progress=context.progress)
+        return {id_: ops.whitener(moment.average, damping=self.damping) for id_, moment in moments.items()}
+
+
+def _project(latents: "dict[str, Latent]") -> float:
+    """Project every weight; the mean share of the supports that changed."""
+    return sum(latent.project() for latent in latents.values()) / len(latents)

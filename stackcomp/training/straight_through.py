@@ -1,0 +1,163 @@
+"""Straight-through factorization: a dense weight is trained while the model runs on its dense-sparse projection (DSFormer, arXiv
+2312.13211).
+
+    forward: W' = W + shift,  shift = S D - W when the weight was last projected;   dL/dW = dL/dW'
+
+At a projection W' is S D exactly. Until the next one it moves with W, so a step costs what a dense step costs, and what the projection
+leaves out stays in W, where it adds up until it is worth a place in the support.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stackcomp.core.spec import Dense, Fixed, WeightSpec
+from stackcomp.nn import CompressedLinear, WeightHandle, factorize, weights
+from stackcomp.nn.tree import absolute
+from stackcomp.ops import DenseSparseFactors, Factorizer, Whitener
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Latent(nn.Module):
+    """The dense weight behind one factorized weight, in float32, and the state of its factorization: all of it in the checkpoints of the loop."""
+
+    weight: nn.Parameter  # W, n x m
+    shift: Tensor
+    basis: Tensor
+    code: Tensor
+    mask: Tensor
+
+    def __init__(self, factors: DenseSparseFactors, metric: Whitener | None) -> None:
+        super().__init__()
+        product = factors.product()
+        blocks, atoms, _ = factors.basis.shape
+        spans, nonzeros = factors.support.shape[1:]
+        self._factorizer = Factorizer(
+            product,
+            atoms=atoms,
+            nonzeros=nonzeros,
+            blocks=blocks,
+            groups=spans // blocks,
+            transposed=factors.transposed,
+            inputs=metric,
+            start=factors,
+        )
+        self.weight = nn.Parameter(product)
+        self.register_buffer("shift", torch.zeros_like(product))
+        for name in ("basis", "code", "mask"):
+            self.register_buffer(name, getattr(self._factorizer, name).clone())
+
+    def forward(self) -> Tensor:
+        """W'."""
+        return self.weight + self.shift
+
+    @torch.no_grad()
+    def project(self) -> float:
+        """Project W anew, from where the last projection ended; returns the share of the support that changed."""
+        factorizer, before = self._factorizer, self.mask.clone()
+        for name in ("basis", "code", "mask"):
+            setattr(factorizer, name, getattr(self, name).clone())
+        factorizer.aim(self.weight.detach())
+        factorizer.sweep()
+        for name in ("basis", "code", "mask"):
+            getattr(self, name).copy_(getattr(factorizer, name))
+        self.shift.copy_(factorizer.product() - self.weight)
+        return float((before & ~self.mask).sum() / before.sum())
+
+    def factors(self) -> DenseSparseFactors:
+        """S and D of the last projection."""
+        return self._factorizer.factors()
+
+
+class LatentLinear(nn.Module):
+    """y = x W'^T + b in the place of a compressed layer while it trains."""
+
+    def __init__(self, latent: Latent, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.latent = latent
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's outputs, in the dtype of x."""
+        return nn.functional.linear(x, self.latent().to(x.dtype), self.bias)
+
+
+def projects(handle: WeightHandle) -> bool:
+    """Whether a weight is dense-sparse, in floating point and used by linear layers: what can be trained through its projection."""
+    found = handle.spec.matrices.get("coefficients")
+    return (
+        found is not None
+        and isinstance(found.layout, Fixed)
+        and isinstance(handle.spec.matrices["basis"].layout, Dense)
+        and all(matrix.scale_count == 0 for matrix in handle.spec.matrices.values())
+        and all(isinstance(module, CompressedLinear) for module in handle.modules)
+    )
+
+
+@contextmanager
+def straightened(model: "PreTrainedModel", ids: Mapping[str, Whitener | None]) -> Iterator[dict[str, Latent]]:
+    """Train the dense-sparse weights `ids` through their projections as long as the context lasts; afterwards the model holds the
+    factors of the last projection. The values are the metrics of the layers' inputs."""
+    handles = {id_: handle for id_, handle in weights(model).items() if id_ in ids}
+    latents = {id_: Latent(_factors(handle), ids[id_]) for id_, handle in handles.items()}
+    places = [_Place.of(model, handle.spec) for handle in handles.values()]
+    for place, latent in zip(places, latents.values(), strict=True):
+        made: dict[int, LatentLinear] = {}
+        for name, layer in place.layers.items():
+            _set(model, name, made.setdefault(id(layer), LatentLinear(latent, layer.bias)))
+    try:
+        yield latents
+    finally:
+        for place in places:
+            for name, layer in place.layers.items():
+                _set(model, name, layer)
+    for id_, latent in latents.items():
+        found = latent.factors()
+        factorize(
+            model,
+            id_,
+            basis=found.basis.flatten(0, 1),
+            values=found.values,
+            support=found.support,
+            transposed=found.transposed,
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The layers of one weight by the names they have in the model."""
+
+    layers: dict[str, CompressedLinear]
+
+    @staticmethod
+    def of(model: "PreTrainedModel", spec: WeightSpec) -> "_Place":
+        names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
+        return _Place({name: model.get_submodule(name) for name in names})  # type: ignore[arg-type]
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _factors(handle: WeightHandle) -> DenseSparseFactors:
+    """The factors that a dense-sparse weight is stored as."""
+    layer = handle.modules[0]
+    assert isinstance(layer, CompressedLinear)
+    matrices = layer.matrices
+    coefficients, layout = matrices["coefficients"], matrices["coefficients"].spec.layout
+    assert isinstance(layout, Fixed)
+    rows, atoms = coefficients.shape
+    grouped = coefficients.mask().view(rows, atoms // layout.block, layout.block)
+    return DenseSparseFactors(
+        basis=matrices["basis"].dense().detach().float().unflatten(0, (layer.blocks, -1)).clone(),
+        support=grouped.nonzero()[:, 2].view(rows, -1, layout.nonzeros),
+        values=coefficients.values.detach().float().view(rows, -1, layout.nonzeros).clone(),
+        transposed=layer.transposed,
+    )
