@@ -25,7 +25,7 @@ from stackcomp.core.ledger import Ledger
 from stackcomp.core.selection import nearest
 from stackcomp.manager import Measuring, PassManager
 from stackcomp.run import CHAIN
-from stackcomp.studies.forecast import duration, forecast
+from stackcomp.studies.forecast import Forecast, duration, forecast
 from stackcomp.studies.rows import Row, Rows, figures, stamp
 from stackcomp.studies.study import Entry, Study
 
@@ -76,7 +76,7 @@ class Runner:
                     return len(self.failed)
                 if not self._settle(entry):
                     held.append(entry)
-            if len(held) == len(waiting):
+            if held and len(held) == len(waiting):  # other processes are at all of them
                 time.sleep(PATIENCE)
             waiting = held
         return len(self.failed)
@@ -144,7 +144,8 @@ class Runner:
                 want(entry)
         return list(found.values())
 
-    def _forecast(self) -> Any:
+    def _forecast(self) -> Forecast:
+        """What running the chosen entries still takes, less the steps that are in the cache."""
         entries = self._to_run(self.chosen())
         made = {
             name
@@ -262,7 +263,7 @@ class Runner:
             if entry.key in keys:
                 continue
             for name, mark in zip(entry.steps, self._chain(entry), strict=False):
-                if name not in names and mark not in marks:
+                if True:
                     shutil.rmtree(self._cache / mark, ignore_errors=True)
             if entry.key not in sources:
                 shutil.rmtree(self._folder(entry), ignore_errors=True)
