@@ -263,7 +263,7 @@ class Runner:
             if entry.key in keys:
                 continue
             for name, mark in zip(entry.steps, self._chain(entry), strict=False):
-                if True:
+                if name not in names and mark not in marks:
                     shutil.rmtree(self._cache / mark, ignore_errors=True)
             if entry.key not in sources:
                 shutil.rmtree(self._folder(entry), ignore_errors=True)
