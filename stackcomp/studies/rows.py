@@ -38,7 +38,7 @@ class Rows:
         naming the line, for what is no row."""
         if not self.path.is_file():
             return []
-        found = []
+        found: list[Row] = []
         for number, line in enumerate(self.path.read_text("utf8").splitlines(), 1):
             try:
                 row = json.loads(line)
