@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import FOLDER, Rows
 from stackcomp.core.files import locked
+from stackcomp.studies.rows import FOLDER, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

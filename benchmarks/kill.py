@@ -18,7 +18,7 @@ from typing import Any
 
 import stackcomp as sc
 from benchmarks import command, small
-from benchmarks.rows import Rows, stamp
+from stackcomp.studies.rows import Rows, stamp
 
 BLOCKS = "encoder.layer.*"
 NARROW = "encoder.layer.0.attention"  # a few seconds of factorizing, so that kills fall into every pass

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.rows import Row
 from stackcomp.core.ledger import Ledger
+from stackcomp.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

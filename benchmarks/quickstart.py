@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import stackcomp as sc
 from benchmarks import command
-from benchmarks.rows import Rows, stamp
 from stackcomp.core import contract, headers
 from stackcomp.core.passes import Pass
+from stackcomp.studies.rows import Rows, stamp
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task

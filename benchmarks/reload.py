@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import stackcomp as sc
 from benchmarks import command, small
-from benchmarks.rows import Rows, stamp
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.passes import registered
+from stackcomp.studies.rows import Rows, stamp
 
 if TYPE_CHECKING:
     import torch

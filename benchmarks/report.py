@@ -18,9 +18,9 @@ from pathlib import Path
 
 from benchmarks import pictures, tables
 from benchmarks.command import ROOT
-from benchmarks.rows import Row, Rows
 from stackcomp.core.files import write_atomic
 from stackcomp.core.fingerprint import digest
+from stackcomp.studies.rows import Row, Rows
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STUDIES = ("stsb", "quickstart", "reload", "kill")

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import stackcomp as sc
 from benchmarks import command
-from benchmarks.rows import Rows, stamp
-from stackcomp.core.ledger import Ledger
+from stackcomp.studies.rows import Rows, figures, stamp
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -82,28 +81,6 @@ def run(
             found = figures(ledger, step)
             rows.add({"key": key, **said, **found, **common})
             command.say(f"  {key}: {found['score']:.2f} at {found['layer_compression']:.2f}x of the encoder")
-
-
-def figures(ledger: Ledger, step: int) -> dict[str, Any]:
-    """What the tables show of one row of a ledger, and the bytes behind it."""
-    row = ledger.rows[step]
-    return {
-        "score": row.measured.score,
-        "noise": row.measured.noise,
-        "metric": row.measured.metric,
-        "examples": row.measured.examples,
-        "difference": row.measured.difference,
-        "difference_noise": row.measured.difference_noise,
-        "size_bytes": row.size_bytes,
-        "layer_bytes": row.layer_bytes,
-        "compression": ledger.compression(row),
-        "layer_compression": ledger.layer_compression(row),
-        "components": dict(row.components),
-        "seconds": row.seconds,
-        "peak_memory_bytes": row.peak_memory_bytes,
-        "findings": dict(row.findings),
-        "fingerprint": row.fingerprint,
-    }
 
 
 def main() -> int:

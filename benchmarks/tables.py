@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.rows import Row
 from stackcomp.core.ledger import Ledger
+from stackcomp.studies.rows import Row
 
 
 def table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int = 1) -> str:

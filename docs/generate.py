@@ -32,6 +32,7 @@ PUBLIC = {
         "stackcomp.core.contract.Need",
         "stackcomp.core.facts.Fact",
     ],
+    "Studies": ["stackcomp.studies.Study", "stackcomp.studies.Entry"],
     "The ledger": [
         "stackcomp.core.ledger.Ledger",
         "stackcomp.core.ledger.Row",

@@ -20,15 +20,18 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
     from stackcomp.manager import PassManager, check
+    from stackcomp.studies import Entry, Study
 
 __all__ = [
     "Contract",
+    "Entry",
     "Fact",
     "Ledger",
     "Need",
     "Pass",
     "PassManager",
     "Pipeline",
+    "Study",
     "check",
     "errors",
     "load",
@@ -58,6 +61,10 @@ def __getattr__(name: str) -> Any:
         from stackcomp.checkpoint import load
 
         return load
+    if name in ("Entry", "Study"):
+        from stackcomp import studies
+
+        return getattr(studies, name)
     if name == "tasks":
         from stackcomp.data import tasks
 

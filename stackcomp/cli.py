@@ -1,8 +1,8 @@
-"""The command line: `stackcomp check | run | show | passes`.
+"""The command line: `stackcomp check | run | study | show | passes`.
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
-disk), 130 when interrupted. Results go to standard output, messages to standard error. Torch is imported by
-`run` only.
+disk, an entry of a study), 130 when interrupted. Results go to standard output, messages to standard error. Torch is imported by
+`run` and `study` only.
 """
 
 import argparse
@@ -32,13 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         print(
-            "stackcomp: the disk is full; nothing is half-written: free some space, then run again with --resume",
+            "stackcomp: the disk is full; nothing is half-written: free some space, then run the same command again"
+            f"{options.again}",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
         print(
-            "stackcomp: interrupted; run again with --resume to go on from the last finished pass",
+            f"stackcomp: interrupted; run the same command again{options.again} to go on from the last finished pass",
             file=sys.stderr,
         )
         return 130
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="stackcomp",
         description="Compress text transformers by stacking techniques, and measure what each one gives.",
     )
+    parser.set_defaults(again="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("check", help="judge a pipeline without reading a weight")
@@ -69,7 +71,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)"
     )
-    command.set_defaults(command=_run)
+    command.set_defaults(command=_run, again=" with --resume")
+
+    command = commands.add_parser(
+        "study", help="run what a study misses; leaves one row an entry, and goes on where it was stopped"
+    )
+    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `study`")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="working folder, shared by processes (default out/study/NAME)"
+    )
+    command.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results"),
+        metavar="DIR",
+        help="where NAME.jsonl is (default %(default)s)",
+    )
+    command.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="entries whose key matches")
+    command.add_argument(
+        "--minutes", type=float, metavar="N", help="start no further entry after so many minutes"
+    )
+    command.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
+    command.set_defaults(command=_study)
 
     command = commands.add_parser("show", help="print the ledger of a finished or running folder")
     command.add_argument("directory", type=Path, metavar="DIR")
@@ -147,6 +170,25 @@ def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
         raise PipelineFileError(
             f"{file}: no tokenizer beside the model ({source!r}): define `tokenizer` in the file"
         ) from error
+
+
+def _study(options: argparse.Namespace) -> int:
+    found = read_file(options.file).get("study")
+    from stackcomp.studies import Rows, Runner, Study
+
+    if not isinstance(found, Study):
+        raise PipelineFileError(f"{options.file} defines no `study`: write study = stackcomp.Study(...)")
+    runner = Runner(
+        study=found,
+        rows=Rows(name=found.name, folder=options.results),
+        out=options.out or Path("out/study") / found.name,
+        only=tuple(options.only),
+        minutes=options.minutes,
+    )
+    if options.list:
+        print(f"{runner.table()}\n{runner.summary()}")
+        return 0
+    return 1 if runner.go() else 0
 
 
 def _show(options: argparse.Namespace) -> int:

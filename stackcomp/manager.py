@@ -33,12 +33,14 @@ FORMAT = 1
 RUN_FILE = "run.json"
 
 
-def check(pipeline: Pipeline | Pass, model: "PreTrainedModel | str | Path | None" = None) -> list[Plan]:
+def check(
+    pipeline: Pipeline | Pass, model: "PreTrainedModel | Plan | str | Path | None" = None
+) -> list[Plan]:
     """Judge a whole pipeline without reading a weight; returns the plans before the first pass and after
     each.
 
-    `model` is a module, a folder or a hub name (config and headers are read), or None for a plain dense model
-    of the first family on which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress
+    `model` is a module, a folder or a hub name (config and headers are read), the plan that another pipeline left, or
+    None for a plain dense model of the first family on which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress
     or UnsupportedModel.
     """
     if model is None:
@@ -50,6 +52,8 @@ def check(pipeline: Pipeline | Pass, model: "PreTrainedModel | str | Path | None
         return contract.predict(pipeline.flat(), headers.plain(headers.PLAIN_KINDS[0]))
     if isinstance(model, str | Path):
         return contract.predict(pipeline.flat(), headers.plan_of(model))
+    if isinstance(model, Plan):
+        return contract.predict(pipeline.flat(), model)
     return contract.predict(pipeline.flat(), plan_of(model))
 
 
@@ -60,7 +64,8 @@ class PassManager:
     task: gives training data, calibration text and the score; without one, passes that need none still run,
     unscored. tokenizer: of the model, or where to load it from. seed: of every random choice. device: "cpu"
     or a torch device. progress: draws bars; `stackcomp.core.context.quiet` draws none. calibration: texts to
-    use in place of the task's training split.
+    use in place of the task's training split. cache: a folder that several runs and processes share, so that
+    each step they have in common is made once; without one, steps are kept in `out`.
     """
 
     out: str | Path
@@ -71,6 +76,7 @@ class PassManager:
     measuring: Measuring = field(default_factory=Measuring)
     calibration: Sequence[Any] | None = None
     progress: Progress | None = None
+    cache: str | Path | None = None
 
     def run(
         self, model: "PreTrainedModel | str | Path", pipeline: Pipeline | Pass, *, resume: bool = False
@@ -93,8 +99,9 @@ class PassManager:
         self._claim(out, resume)
         with locked(out):
             remove_partial(out)
-            (out / "steps").mkdir(exist_ok=True)
-            remove_partial(out / "steps")
+            if self.cache is None:
+                (out / "steps").mkdir(exist_ok=True)
+                remove_partial(out / "steps")
             return Run(
                 out=out,
                 source=source,
@@ -107,6 +114,7 @@ class PassManager:
                 measuring=self.measuring,
                 calibration=self.calibration,
                 progress=self.progress,
+                cache=None if self.cache is None else Path(self.cache),
             ).go()
 
     def _check_types(self, pipeline: Any) -> None:

@@ -4,6 +4,10 @@
 
 Every pass starts from the files of the one before it, and every figure is measured on files: what the ledger says is what a user
 loads, and a resumed run cannot differ from one that was never stopped.
+
+Where steps are kept: in the run's own folder, or in a cache that runs of several processes share. A place in the cache is named
+by the step's fingerprint and holds its checkpoint (`step`), its measurements, what training resumes from (`scratch`), and the
+lock under which one process makes it while others wait.
 """
 
 import copy
@@ -12,8 +16,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +28,7 @@ from stackcomp.core import contract, fingerprint
 from stackcomp.core import ledger as ledgers
 from stackcomp.core.context import Context, Progress
 from stackcomp.core.errors import CheckpointError, NothingToCompress
-from stackcomp.core.files import write_atomic
+from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.ledger import Ledger, Measured, Row
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.pipeline import Pipeline
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from stackcomp.metrics.quality import Score
 
 
+CHAIN = "chain.json"  # in the folder of a run with a cache: the names of its places there
 UNTOLD = ("_name_or_path", "transformers_version")  # of a config: where it came from, not what it is
 
 
@@ -89,28 +95,27 @@ class Run:
     measuring: Measuring
     calibration: Sequence[Any] | None
     progress: Progress | None
+    cache: Path | None = None
 
     def go(self) -> Result:
-        chain = self._chain()
-        measured = self._measured(chain)
-        done = self._finished(chain)
-        self._forget_after(done)
+        if self.cache is None:
+            self._forget()
+        else:
+            write_atomic(self.out / CHAIN, json.dumps(self._chain))
         ledger = Ledger()
         for step in range(len(self.passes) + 1):
-            if step >= done:
-                self._make(step, chain[step])
-            row = self._row(step)
-            row = replace(
-                row,
-                measured=measured[row.fingerprint] if row.fingerprint in measured else self._measure(step),
-            )
-            ledger = ledger.with_row(row)
+            with self._held(step):
+                if not self._whole(step):
+                    shutil.rmtree(self._folder(step), ignore_errors=True)
+                    self._make(step)
+                ledger = ledger.with_row(replace(self._row(step), measured=self._measured(step)))
             write_atomic(self.out / "ledger.json", json.dumps(ledger.to_json(), indent=1))
         self._publish(ledger)
         return Result(model=self._load(len(self.passes)), ledger=ledger, directory=self.out)
 
     # fingerprints and what is finished
 
+    @cached_property
     def _chain(self) -> list[str]:
         """Fingerprints of the model as it came and after every pass."""
         config = self.source.config.to_dict()
@@ -148,38 +153,37 @@ class Run:
             "instructions": torch.backends.cpu.get_cpu_capability(),
         }
 
-    def _finished(self, chain: list[str]) -> int:
-        """How many leading steps, the model as it came included, are on disk whole and with these
-        fingerprints."""
-        for step, wanted in enumerate(chain):
-            try:
-                if not self._folder(step).is_dir() or self._row(step).fingerprint != wanted:
-                    return step
-                checkpoint.verify(self._folder(step))
-            except CheckpointError:
-                return step
-        return len(chain)
+    def _whole(self, step: int) -> bool:
+        """Whether `step` is on disk, unaltered and with this run's fingerprint."""
+        try:
+            checkpoint.verify(self._folder(step))
+            return self._row(step).fingerprint == self._chain[step]
+        except CheckpointError:
+            return False
 
-    def _forget_after(self, done: int) -> None:
-        """Remove steps that another pipeline left beyond the shared prefix."""
-        for folder in sorted((self.out / "steps").iterdir()):
-            if int(folder.name[:2]) >= done:
+    def _forget(self) -> None:
+        """Remove the steps of another pipeline from the run's own folder."""
+        ours = {self._folder(step) for step in range(len(self.passes) + 1)}
+        for folder in (self.out / "steps").iterdir():
+            if folder not in ours:
                 shutil.rmtree(folder)
 
-    def _measured(self, chain: list[str]) -> dict[str, Measured]:
-        """Measurements already taken, by fingerprint."""
-        path = self.out / "ledger.json"
-        if not path.is_file():
-            return {}
-        try:
-            rows = ledgers.read(path.read_text("utf8")).rows
-        except CheckpointError:
-            return {}
-        return {row.fingerprint: row.measured for row in rows if row.fingerprint in chain}
+    @contextmanager
+    def _held(self, step: int) -> Generator[None]:
+        """Hold the place of `step` in the cache: another process that wants the same step waits, then finds
+        it made."""
+        if self.cache is None:  # the whole folder is ours
+            yield
+            return
+        place = self.cache / self._chain[step]
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place, wait=True):
+            remove_partial(place)
+            yield
 
     # one step
 
-    def _make(self, step: int, mark: str) -> None:
+    def _make(self, step: int) -> None:
         """Run the pass of `step` on the files before it and save; step 0 saves the model as it came."""
         if step:
             self._say(f"[{step}/{len(self.passes)}] {self.passes[step - 1]}")
@@ -190,13 +194,13 @@ class Run:
                 model = copy.deepcopy(self.source)  # saving writes to its config
             else:
                 model = self._load(step - 1)
-                findings = self._apply(step, model, mark)
+                findings = self._apply(step, model)
                 contract.verify(self.passes[step - 1], self.plans[step], plan_of(model))
         row = Row(
             step=step,
             name="dense" if step == 0 else self.passes[step - 1].name,
             declaration="" if step == 0 else repr(self.passes[step - 1]),
-            fingerprint=mark,
+            fingerprint=self._chain[step],
             seed=self.seed,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=memory.peak_bytes,
@@ -222,10 +226,10 @@ class Run:
         )
         shutil.rmtree(self._scratch(step), ignore_errors=True)
 
-    def _apply(self, step: int, model: "PreTrainedModel", mark: str) -> Findings:
+    def _apply(self, step: int, model: "PreTrainedModel") -> Findings:
         import torch
 
-        item = self.passes[step - 1]
+        item, mark = self.passes[step - 1], self._chain[step]
         scratch = self._scratch(step)
         if not (scratch / "fingerprint").is_file() or (scratch / "fingerprint").read_text("utf8") != mark:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -250,6 +254,15 @@ class Run:
             progress=self._progress,
         )
         return item.apply(model, context)
+
+    def _measured(self, step: int) -> Measured:
+        """What was measured of `step` in this way, now or before."""
+        path = self._notes(step) / f"{self._way}.json"
+        noted = _noted(path)
+        if noted is None:
+            noted = asdict(self._measure(step))
+            _note(path, noted)
+        return Measured(**noted)
 
     def _measure(self, step: int) -> Measured:
         """Score and latency of the files of `step`, beside those of the model as it came."""
@@ -288,7 +301,22 @@ class Run:
 
     @cached_property
     def _dense_score(self) -> "Score":
-        return self._score(self._dense)
+        """Score of the model as it came, from the outcomes that an earlier run noted where there are any."""
+        import numpy as np
+
+        assert self.task is not None
+        path = self._notes(0) / f"outcomes-{self._way}.json"
+        outcomes = _noted(path)
+        if outcomes is None:
+            score = self._score(self._dense)
+            _note(path, score.outcomes.tolist())
+            return score
+        return metrics.score_of(np.array(outcomes), self.task.metric)
+
+    @cached_property
+    def _way(self) -> str:
+        """Digest of what a measurement depends on beside the model."""
+        return fingerprint.digest([asdict(self.measuring), self._data_digest, self._machine])
 
     def _score(self, model: "PreTrainedModel") -> "Score":
         how = self.measuring
@@ -312,11 +340,19 @@ class Run:
         return model.to(self.device)
 
     def _folder(self, step: int) -> Path:
+        if self.cache is not None:
+            return self.cache / self._chain[step] / "step"
         name = "dense" if step == 0 else self.passes[step - 1].slug
         return self.out / "steps" / f"{step:02d}-{name}"
 
     def _scratch(self, step: int) -> Path:
+        if self.cache is not None:
+            return self.cache / self._chain[step] / "scratch"
         return self.out / "scratch" / f"{step:02d}"
+
+    def _notes(self, step: int) -> Path:
+        """The folder of what was measured of `step`."""
+        return (self.out / "measured" if self.cache is None else self.cache) / self._chain[step]
 
     def _row(self, step: int) -> Row:
         """The row that `_make` wrote, with the bytes of the layers that some pass of *this* pipeline changes."""
@@ -373,3 +409,16 @@ def bars(items: Any, /, label: str, total: int | None = None) -> Any:
     from tqdm import tqdm
 
     return tqdm(items, desc=label, total=total, leave=False, disable=None)
+
+
+def _noted(path: Path) -> Any:
+    """The JSON value that `_note` left at `path`; None where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text("utf8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _note(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(value))

@@ -9,10 +9,10 @@ import pytest
 
 import stackcomp as sc
 from benchmarks import command, kill, pictures, quickstart, reload, reloaded, stsb, tables
-from benchmarks.rows import Rows, stamp
 from stackcomp.core import headers
-from stackcomp.core.errors import OutputInUse
+from stackcomp.core.errors import OutputInUse, ResultsDamaged
 from stackcomp.core.ledger import Ledger
+from stackcomp.studies.rows import Rows, stamp
 from tests import toys
 
 
@@ -47,7 +47,7 @@ def test_a_row_is_added_once_a_key_and_read_back_in_order(rows):
     for value, key in enumerate(["b", "a", "b"]):
         rows.add({"key": key, "value": value})
     assert rows.read() == [{"key": "b", "value": 2}, {"key": "a", "value": 1}]
-    assert [path.name for path in rows.folder.iterdir()] == ["mine.jsonl"]
+    assert {path.name for path in rows.folder.iterdir()} == {".lock", "mine.jsonl"}
 
 
 def test_has_compares_what_would_run_again(rows):
@@ -62,7 +62,7 @@ def test_has_compares_what_would_run_again(rows):
 def test_a_damaged_line_is_named(rows, line):
     rows.add({"key": "a"})
     rows.path.write_text(rows.path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ResultsDamaged, match="line 2"):
         rows.read()
 
 

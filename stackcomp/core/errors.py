@@ -66,6 +66,14 @@ class CheckpointError(StackcompError, RuntimeError):
     """A checkpoint is cut short, altered, from a newer version, or not one of ours."""
 
 
+class StudyRefused(StackcompError, ValueError):
+    """A study is declared wrongly: two entries of one key, or an entry that starts from one outside the study."""
+
+
+class ResultsDamaged(StackcompError, ValueError):
+    """A file of results holds a line that is no row; the line is named."""
+
+
 class PipelineFileError(StackcompError, ValueError):
     """A pipeline file raises, or does not define what is asked of it."""
 

@@ -89,14 +89,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Generator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Generator[None]:
     """Hold `folder` for this process; the system lets go when the process ends, however it ends.
 
-    Raises OutputInUse when another process holds it.
+    Raises OutputInUse when another process holds it, unless told to wait for its turn.
     """
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise OutputInUse(
                 f"{folder} is being written by another process: wait for it, or give another folder"

@@ -10,3 +10,4 @@ from .quality import Score as Score
 from .quality import embed as embed
 from .quality import evaluate as evaluate
 from .quality import paired_difference as paired_difference
+from .quality import score_of as score_of

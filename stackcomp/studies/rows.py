@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import stackcomp
-from stackcomp.core import fingerprint
-from stackcomp.core.files import write_atomic
+from stackcomp.core import __version__, fingerprint
+from stackcomp.core.errors import ResultsDamaged
+from stackcomp.core.files import locked, write_atomic
+from stackcomp.core.ledger import Ledger
 
 FOLDER = Path("docs/results")
 Row = Mapping[str, Any]
@@ -33,29 +34,35 @@ class Rows:
         return self.folder / f"{self.name}.jsonl"
 
     def read(self) -> list[Row]:
-        """All rows in the order they were first added; none when the study has not run. Raises ValueError, naming the
-        line, for what is no row."""
+        """All rows in the order they were first added; none when the study has not run. Raises ResultsDamaged,
+        naming the line, for what is no row."""
         if not self.path.is_file():
             return []
-        found = []
+        found: list[Row] = []
         for number, line in enumerate(self.path.read_text("utf8").splitlines(), 1):
             try:
                 row = json.loads(line)
                 row["key"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise ResultsDamaged(
                     f"{self.path}, line {number}: no row ({error!r}); remove the line"
                 ) from error
             found.append(row)
         return found
 
     def add(self, row: Row) -> None:
-        """Append `row`, or put it in place of the row with the same key; a crash leaves the old file or the new one."""
-        kept = self.read()
-        places = [index for index, old in enumerate(kept) if old["key"] == row["key"]]
-        kept = [row if index in places else old for index, old in enumerate(kept)] if places else [*kept, row]
+        """Append `row`, or put it in place of the row with the same key; a crash leaves the old file or the new one,
+        and of two processes none loses the other's row."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, "".join(f"{json.dumps(item)}\n" for item in kept))
+        with locked(self.folder, wait=True):
+            kept = self.read()
+            places = [index for index, old in enumerate(kept) if old["key"] == row["key"]]
+            kept = (
+                [row if index in places else old for index, old in enumerate(kept)]
+                if places
+                else [*kept, row]
+            )
+            write_atomic(self.path, "".join(f"{json.dumps(item)}\n" for item in kept))
 
     def has(self, key: str, **same: Any) -> bool:
         """Whether there is a row with this key whose other entries equal `same`: what the study would run again."""
@@ -63,6 +70,28 @@ class Rows:
             row["key"] == key and all(row.get(name) == value for name, value in same.items())
             for row in self.read()
         )
+
+
+def figures(ledger: Ledger, step: int) -> dict[str, Any]:
+    """What the tables show of one row of a ledger, and the bytes behind it."""
+    row = ledger.rows[step]
+    return {
+        "score": row.measured.score,
+        "noise": row.measured.noise,
+        "metric": row.measured.metric,
+        "examples": row.measured.examples,
+        "difference": row.measured.difference,
+        "difference_noise": row.measured.difference_noise,
+        "size_bytes": row.size_bytes,
+        "layer_bytes": row.layer_bytes,
+        "compression": ledger.compression(row),
+        "layer_compression": ledger.layer_compression(row),
+        "components": dict(row.components),
+        "seconds": row.seconds,
+        "peak_memory_bytes": row.peak_memory_bytes,
+        "findings": dict(row.findings),
+        "fingerprint": row.fingerprint,
+    }
 
 
 def stamp(declaration: Any, seed: int) -> dict[str, Any]:
@@ -75,7 +104,7 @@ def stamp(declaration: Any, seed: int) -> dict[str, Any]:
             [fingerprint.source_digest(name) for name in ("stackcomp.manager", "stackcomp.passes")]
         )[:12],
         "versions": {
-            "stackcomp": stackcomp.__version__,
+            "stackcomp": __version__,
             "python": platform.python_version(),
             **fingerprint.versions(),
         },

@@ -1,0 +1,10 @@
+"""Studies: many pipelines on many models, run one after another into one file of rows.
+
+Light to import: a study file must be readable without torch.
+"""
+
+from stackcomp.studies.rows import Rows
+from stackcomp.studies.runner import Runner
+from stackcomp.studies.study import Entry, Study
+
+__all__ = ["Entry", "Rows", "Runner", "Study"]

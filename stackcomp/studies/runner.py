@@ -1,0 +1,296 @@
+"""The walk over a study: every entry without a finished row is run, and leaves one row at once.
+
+    OUT/cache/FINGERPRINT/   a step: made once, whichever entries and processes want it
+    OUT/entries/SLUG/        the result of an entry, while another one is to start from it
+    OUT/locks/SLUG/          held by the process that runs the entry
+
+The rows alone say what is done. What no entry still to run can want is removed as soon as that is known.
+"""
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from stackcomp import checkpoint
+from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty
+from stackcomp.core.files import locked
+from stackcomp.core.ledger import Ledger
+from stackcomp.core.selection import nearest
+from stackcomp.manager import Measuring, PassManager
+from stackcomp.run import CHAIN
+from stackcomp.studies.forecast import Forecast, duration, forecast
+from stackcomp.studies.rows import Row, Rows, figures, stamp
+from stackcomp.studies.study import Entry, Study
+
+PATIENCE = 2.0  # seconds between looks at entries that another process runs
+
+
+def say(text: str) -> None:
+    """A line of progress, at once."""
+    print(text, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs `study` into `rows`, with `out` as its working folder, which several processes may share.
+
+    only: globs on the keys of the entries to run, all of them when there is none. minutes: after so many no
+    further entry is started. tell: takes each line of progress.
+    """
+
+    study: Study
+    rows: Rows
+    out: Path
+    only: tuple[str, ...] = ()
+    minutes: float | None = None
+    tell: Callable[[str], None] = say
+    failed: set[str] = field(default_factory=set[str], init=False)
+
+    def go(self) -> int:
+        """Run what is missing; returns how many entries failed.
+
+        Raises SelectionEmpty for a glob of `only` that matches no key, and what `Study.check` raises, before
+        anything is run. An entry that raises gets a row that says so, and the others go on; a full disk
+        stops the study.
+        """
+        chosen = self.chosen()
+        self.study.check()
+        self.tell(self.summary())
+        self._prune()
+        end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
+        waiting = list(chosen)
+        while waiting:
+            held: list[Entry] = []
+            for entry in waiting:
+                if entry.key in self.failed or entry.key in self.finished():
+                    continue
+                if end is not None and time.monotonic() >= end:
+                    self.tell(f"{self.minutes:g} minutes are over: run the same command again to go on")
+                    return len(self.failed)
+                if not self._settle(entry):
+                    held.append(entry)
+            if held and len(held) == len(waiting):  # other processes are at all of them
+                time.sleep(PATIENCE)
+            waiting = held
+        return len(self.failed)
+
+    # what is there, and what is to do
+
+    def chosen(self) -> list[Entry]:
+        """The entries that `only` lets in, in order."""
+        keys = [entry.key for entry in self.study.entries]
+        for glob in self.only:
+            if not any(fnmatchcase(key, glob) for key in keys):
+                raise SelectionEmpty(f"{glob!r} matches no entry; the nearest keys are {nearest(glob, keys)}")
+        return [
+            entry
+            for entry in self.study.entries
+            if not self.only or any(fnmatchcase(entry.key, glob) for glob in self.only)
+        ]
+
+    def finished(self) -> dict[str, Row]:
+        """The rows of finished entries, by key."""
+        rows = {row["key"]: row for row in self.rows.read()}
+        return {
+            entry.key: rows[entry.key]
+            for entry in self.study.entries
+            if entry.key in rows and entry.is_done(rows[entry.key])
+        }
+
+    def summary(self) -> str:
+        """What is done and what remains, in one line."""
+        chosen, done = self.chosen(), self.finished()
+        ahead = self._forecast()
+        return (
+            f"study {self.study.name}: {len(chosen)} entries, {sum(entry.key in done for entry in chosen)} done; "
+            f"{sum(ahead.passes.values())} pass runs remain, {ahead.saved} more are saved by shared prefixes; "
+            f"time: {ahead.time}"
+        )
+
+    def table(self) -> str:
+        """One line an entry: done, failed or missing."""
+        done, rows = self.finished(), {row["key"]: row for row in self.rows.read()}
+        lines: list[str] = []
+        for entry in self.chosen():
+            row = rows.get(entry.key, {})
+            if entry.key in done:
+                lines.append(f"done     {_figures(row)}")
+            elif "error" in row:
+                lines.append(f"failed   {entry.key}  {row['error']['type']}: {row['error']['message']}")
+            else:
+                lines.append(f"missing  {entry.key}")
+        return "\n".join(lines)
+
+    def _to_run(self, entries: list[Entry]) -> list[Entry]:
+        """Those of `entries` without a finished row, and the entries whose lost result one of these starts
+        from."""
+        done = self.finished()
+        found: dict[str, Entry] = {}
+
+        def want(entry: Entry) -> None:
+            found[entry.key] = entry
+            if entry.parent is not None and not self._is_kept(entry.parent):
+                want(entry.parent)
+
+        for entry in entries:
+            if entry.key not in done:
+                want(entry)
+        return list(found.values())
+
+    def _forecast(self) -> Forecast:
+        """What running the chosen entries still takes, less the steps that are in the cache."""
+        entries = self._to_run(self.chosen())
+        made = {
+            name
+            for entry in entries
+            for name, mark in zip(entry.steps, self._chain(entry), strict=False)
+            if checkpoint.is_ours(self._cache / mark / "step")
+        }
+        return forecast(entries, made, self.rows.read())
+
+    # one entry
+
+    def _settle(self, entry: Entry, *, for_its_model: bool = False) -> bool:
+        """See to it that `entry` has its row, or its result too; False when another process is at it."""
+        parent = entry.parent
+        ready = parent is None or parent.key in self.failed or self._is_kept(parent)
+        if parent is not None and not ready and not self._settle(parent, for_its_model=True):
+            return False
+        with self._held(entry) as ours:
+            if ours:
+                known = self.finished().get(entry.key)
+                if known is None or (for_its_model and not self._is_kept(entry)):
+                    self._run(entry, known)
+        return ours
+
+    def _run(self, entry: Entry, known: Row | None) -> None:
+        """Run `entry` and add its row; with a row `known` already, only its result was lost."""
+        try:
+            ledger = self._ledger(entry)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            self.failed.add(entry.key)
+            said = {"type": type(error).__name__, "message": str(error)}
+            if known is None:
+                self.rows.add({**self._head(entry), "error": said})
+            self.tell(f"failed: {entry.key}: {said['type']}: {said['message']}")
+            return
+        row = {**self._head(entry), **_body(ledger, latency=entry.latency)}
+        if known is None:
+            self.rows.add(row)
+            chosen, finished = self.chosen(), self.finished()
+            done = sum(one.key in finished for one in chosen)
+            self.tell(f"[{done}/{len(chosen)}] {_figures(row)}; remaining: {self._forecast().time}")
+        elif known["fingerprint"] != row["fingerprint"]:
+            self.tell(
+                f"{entry.key} was made again and is not the model of its row (made elsewhere); going on with it"
+            )
+        self._prune()
+
+    def _ledger(self, entry: Entry) -> Ledger:
+        """Run the entry's pipeline, from the cache as far as that goes."""
+        source = entry.model
+        if isinstance(source, Entry):
+            if source.key in self.failed:
+                raise MissingNeed(f"the entry it starts from, {source.key!r}, failed: mend that one first")
+            source = self._folder(source)
+        manager = PassManager(
+            out=self._folder(entry),
+            task=entry.task,
+            tokenizer=source if entry.tokenizer is None else entry.tokenizer,
+            seed=entry.seed,
+            measuring=Measuring(split=entry.split, limit=entry.limit, latency=entry.latency),
+            cache=self._cache,
+        )
+        return manager.run(source, entry.pipeline, resume=True).ledger
+
+    def _head(self, entry: Entry) -> dict[str, Any]:
+        """What a row says beside its figures."""
+        return {
+            "key": entry.key,
+            "labels": dict(entry.labels),
+            **stamp(entry.pipeline, entry.seed),
+            **entry.asked,
+        }
+
+    # folders
+
+    @property
+    def _cache(self) -> Path:
+        return self.out / "cache"
+
+    def _folder(self, entry: Entry) -> Path:
+        return self.out / "entries" / entry.slug
+
+    def _is_kept(self, entry: Entry) -> bool:
+        """Whether the entry's result is there to start from."""
+        return checkpoint.is_ours(self._folder(entry))
+
+    def _chain(self, entry: Entry) -> list[str]:
+        """Names in the cache of the steps of `entry`; none before it first ran."""
+        path = self._folder(entry) / CHAIN
+        return json.loads(path.read_text("utf8")) if path.is_file() else []
+
+    @contextmanager
+    def _held(self, entry: Entry) -> Generator[bool]:
+        """Hold `entry` for this process; gives False when another one does."""
+        place = self.out / "locks" / entry.slug
+        place.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(place))
+                ours = True
+            except OutputInUse:
+                ours = False
+            yield ours
+
+    def _prune(self) -> None:
+        """Remove steps and results that no entry still to run can want."""
+        open_ = self._to_run(list(self.study.entries))
+        keys = {entry.key for entry in open_}
+        names = {name for entry in open_ for name in entry.steps}
+        marks = {mark for entry in open_ for mark in self._chain(entry)}
+        sources = {entry.parent.key for entry in open_ if entry.parent is not None}
+        for entry in self.study.entries:
+            if entry.key in keys:
+                continue
+            for name, mark in zip(entry.steps, self._chain(entry), strict=False):
+                if name not in names and mark not in marks:
+                    shutil.rmtree(self._cache / mark, ignore_errors=True)
+            if entry.key not in sources:
+                shutil.rmtree(self._folder(entry), ignore_errors=True)
+
+
+def _body(ledger: Ledger, *, latency: bool) -> dict[str, Any]:
+    """The figures of the last step, those of every step, and what they cost together."""
+    steps = [
+        {"name": row.name, "declaration": row.declaration, **figures(ledger, row.step)} for row in ledger.rows
+    ]
+    last = {name: value for name, value in figures(ledger, len(steps) - 1).items() if name != "findings"}
+    measured = ledger.rows[-1].measured
+    timed = {"latency_ms": measured.latency_ms, "latency_ratio": measured.latency_ratio} if latency else {}
+    return {
+        **last,
+        **timed,
+        "input_fingerprint": ledger.rows[0].fingerprint,
+        "seconds": sum(row.seconds for row in ledger.rows),
+        "peak_memory_bytes": max(row.peak_memory_bytes for row in ledger.rows),
+        "steps": steps,
+    }
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    """A finished row as one line."""
+    layers = "-" if row["layer_compression"] is None else f"{row['layer_compression']:.2f}x"
+    return (
+        f"{row['key']}  {row['score']:.2f} ± {row['noise']:.2f}  {layers} encoder  "
+        f"{row['compression']:.2f}x file  {duration(row['seconds'])}"
+    )

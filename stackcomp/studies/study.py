@@ -1,0 +1,188 @@
+"""What a study declares: entries, each one pipeline on one model, which may be what another entry leaves."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackcomp.core import headers, manifest
+from stackcomp.core.errors import SettingError, StackcompError, StudyRefused
+from stackcomp.core.fingerprint import digest
+from stackcomp.core.passes import Pass
+from stackcomp.core.pipeline import Pipeline
+from stackcomp.core.plan import Plan
+from stackcomp.core.settings import whole
+from stackcomp.manager import check
+
+if TYPE_CHECKING:
+    from stackcomp.data.task import Task
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """One pipeline on one model: one row of the study.
+
+    key: what the row is called. model: a folder or hub name, or another entry, whose result is then the
+    model this one starts from, is compared with, and is taught by. tokenizer: where to load it from, beside
+    the model unless said. labels: what tables group by, as JSON values. split and limit: the examples that
+    are scored; latency: whether the model is timed, too.
+    """
+
+    key: str
+    model: "Entry | str | Path"
+    pipeline: Pipeline | Pass
+    task: "Task"
+    seed: int = 0
+    tokenizer: str | Path | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    split: str = "test"
+    limit: int | None = None
+    latency: bool = False
+
+    def __post_init__(self) -> None:
+        from stackcomp.data.task import ROLES, Task
+
+        said: Any = self  # whatever a typo gives
+        if not isinstance(said.key, str) or not said.key:
+            raise SettingError(f"key={said.key!r} is no name: give a string, unique in the study")
+        if not isinstance(said.model, Entry | str | Path):
+            raise SettingError(
+                f"entry {self.key!r}: model={said.model!r} is neither a folder, a hub name nor an Entry"
+            )
+        if not isinstance(said.pipeline, Pipeline | Pass):
+            raise SettingError(
+                f"entry {self.key!r}: pipeline={said.pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())"
+            )
+        if not isinstance(said.task, Task):
+            raise SettingError(
+                f"entry {self.key!r}: task={said.task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')"
+            )
+        if self.split not in ROLES:
+            raise SettingError(f"entry {self.key!r}: split={self.split!r} is not one of {', '.join(ROLES)}")
+        whole("seed", self.seed, 0, 2**63 - 1)
+        if self.limit is not None:
+            whole("limit", self.limit, 1, 2**63 - 1)
+        try:
+            json.dumps(self.labels)
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"entry {self.key!r}: labels={self.labels!r} are no JSON ({error})") from error
+
+    @property
+    def parent(self) -> "Entry | None":
+        """The entry whose result this one starts from."""
+        return self.model if isinstance(self.model, Entry) else None
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes in the order they run."""
+        return self.pipeline.flat()
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What the row says of the declaration: a row that says otherwise is of another entry."""
+        return {
+            "declaration": repr(self.pipeline),
+            "model": self._origin,
+            "task": self.task.name,
+            "seed": self.seed,
+            "split": self.split,
+            "limit": self.limit,
+            "latency": self.latency,
+        }
+
+    def is_done(self, row: Mapping[str, Any]) -> bool:
+        """Whether `row` is this entry's, finished."""
+        asked = {"key": self.key, **self.asked}
+        return "error" not in row and all(row.get(name) == value for name, value in asked.items())
+
+    @cached_property
+    def steps(self) -> tuple[str, ...]:
+        """A name for the model as it came and for what each pass leaves: equal names are the same files, in
+        whichever entry.
+
+        Read off the declaration alone. Files may turn out equal where names differ, never the other way round.
+        """
+        source = self._origin if self.parent else [self._origin, self.task.name, self.seed]  # a head is drawn
+        names = [digest([source, str(self.tokenizer)])]
+        for item in self.passes:
+            data = self.task.name if item.contract.needs else None
+            names.append(digest([names[-1], repr(item), self.seed, data]))
+        return tuple(names)
+
+    @cached_property
+    def slug(self) -> str:
+        """The name of the entry's folder: its key, and a digest of what it asks for."""
+        return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.key)}-{digest([self.key, self.asked])[:8]}"
+
+    @property
+    def _origin(self) -> Any:
+        """The model this entry starts from, down to the one that nothing here has made."""
+        if not isinstance(self.model, Entry):
+            return _name(str(self.model))
+        kept = ("declaration", "model", "task", "seed")
+        return {name: self.model.asked[name] for name in kept}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """Entries to run in order into `NAME.jsonl`.
+
+    Raises StudyRefused when two entries have one key, or an entry starts from one that is not in the study.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
+            raise SettingError(f"name={self.name!r} names a file: use letters, digits, dots, - and _")
+        object.__setattr__(self, "entries", tuple(self.entries))
+        known: dict[str, Entry] = {}
+        for entry in self.entries:
+            if entry.key in known:
+                raise StudyRefused(f"study {self.name!r} has two entries of key {entry.key!r}: rename one")
+            known[entry.key] = entry
+        for entry in self.entries:
+            parent = entry.parent
+            if parent is not None and known.get(parent.key) is not parent:
+                raise StudyRefused(
+                    f"entry {entry.key!r} starts from {parent.key!r}, which is not among the entries: add it"
+                )
+
+    def check(self) -> None:
+        """Judge every pipeline without reading a weight, each on what the entry before it leaves.
+
+        Raises what `stackcomp.check` raises, with the key of the entry.
+        """
+        roots: dict[str, Plan] = {}
+        left: dict[str, Plan] = {}
+
+        def after(entry: Entry) -> Plan:
+            if entry.key not in left:
+                before = after(entry.model) if isinstance(entry.model, Entry) else None
+                try:
+                    if before is None:
+                        root = str(entry.model)
+                        before = roots[root] = roots.get(root) or headers.plan_of(root)
+                    left[entry.key] = check(entry.pipeline, before)[-1]
+                except StackcompError as error:
+                    raise type(error)(f"entry {entry.key!r}: {error}") from error
+            return left[entry.key]
+
+        for entry in self.entries:
+            after(entry)
+
+
+@cache
+def _name(source: str) -> str:
+    """A model in a row: a hub name as it is; a folder by its last part and a digest of its config and weights,
+    so that a row holds wherever the folder lies."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    content = [manifest.digest(file) for file in files if file.is_file()]
+    return f"{folder.resolve().name}@{digest(content)[:12]}"

@@ -1,0 +1,98 @@
+"""What a study refuses before anything runs, and which steps its declaration says are one."""
+
+import pytest
+
+import stackcomp as sc
+from stackcomp.core.errors import PipelineRefused, SettingError, StudyRefused
+from stackcomp.studies.forecast import duration, forecast
+from tests import toys
+from tests.studies.counted import Prune, Round, entry, study
+
+
+def test_two_entries_of_one_key_are_refused(folder):
+    with pytest.raises(StudyRefused, match="two entries of key 'a'"):
+        sc.Study(name="toy", entries=(entry("a", folder, Prune()), entry("a", folder, Round())))
+
+
+def test_an_entry_that_starts_from_one_outside_the_study_is_refused(folder):
+    outside = entry("outside", folder, Prune())
+    with pytest.raises(StudyRefused, match="'inside' starts from 'outside'"):
+        sc.Study(name="toy", entries=(entry("inside", outside, Round()),))
+
+
+def test_an_illegal_pipeline_is_named_by_its_entry(folder):
+    rounded = entry("rounded", folder, Round())
+    mine = sc.Study(name="toy", entries=(rounded, entry("after", rounded, Prune())))
+    with pytest.raises(PipelineRefused, match=r"entry 'after': step 1, Prune\(\), cannot run here"):
+        mine.check()
+    study(folder).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": 3}, "neither a folder, a hub name nor an Entry"),
+        ({"pipeline": sc.Int8Weights}, "is no pipeline"),
+        ({"task": "sst2"}, "is no task"),
+        ({"split": "tets"}, "is not one of train, selection, test"),
+        ({"seed": -1}, "seed=-1"),
+        ({"limit": 0}, "limit=0"),
+        ({"labels": {"ratio": {1}}}, "no JSON"),
+        ({"key": ""}, "is no name"),
+    ],
+)
+def test_wrong_types_are_refused_where_they_are_written(settings, said):
+    right = {
+        "key": "a",
+        "model": "some/model",
+        "pipeline": sc.Int8Weights(),
+        "task": toys.classification_task(),
+    }
+    with pytest.raises(SettingError, match=said):
+        sc.Entry(**{**right, **settings})
+    with pytest.raises(SettingError, match="names a file"):
+        sc.Study(name="a/b", entries=())
+
+
+def test_a_row_is_an_entrys_when_all_of_the_declaration_agrees(folder):
+    tuned, pruned, _ = study(folder).entries
+    row = {"key": pruned.key, **pruned.asked}
+    assert pruned.is_done(row)
+    assert not pruned.is_done({**row, "error": {}})
+    for changed in ({"seed": 1}, {"limit": 9}, {"pipeline": sc.Pipeline(Prune(sparsity=0.4))}):
+        settings = {"key": pruned.key, "model": tuned, "pipeline": pruned.pipeline, "task": pruned.task}
+        assert not sc.Entry(**{**settings, "limit": 8, **changed}).is_done(row)
+    other = sc.Entry(key="tuned", model=folder, pipeline=tuned.pipeline, task=tuned.task, seed=1)
+    assert not entry(pruned.key, other, *pruned.passes).is_done(row)
+
+
+def test_a_folder_is_known_by_its_content_wherever_it_lies(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    moved = folder.rename(tmp_path / "elsewhere" / "model")
+    (one,) = sc.Study(name="a", entries=(entry("a", moved, Prune()),)).entries
+    assert one.asked["model"].startswith("model@")
+    toys.classifier("bert", seed=1).save_pretrained(folder)
+    assert entry("a", folder, Prune()).asked["model"] != one.asked["model"]
+
+
+def test_shared_prefixes_are_counted_once_and_time_is_predicted_from_rows(folder):
+    entries = study(folder).entries
+    nothing = forecast(entries, (), [])
+    assert (dict(nothing.passes), nothing.saved) == ({"Train": 1, "Prune": 1, "Round": 1}, 1)
+    assert nothing.time == "unknown"
+    steps = [
+        {"fingerprint": mark, "name": name, "seconds": seconds}
+        for mark, name, seconds in [("1", "Train", 60.0), ("2", "Prune", 30.0), ("3", "Prune", 50.0)]
+    ]
+    rows = [{"steps": steps}, {"steps": steps[:2]}, {"error": {}}]
+    assert forecast(entries, (), rows).time == "about 2 min, and 1 passes of unknown time"
+    assert forecast(entries[1:2], (), rows).time == "about 40 s"
+    assert forecast(entries[1:], entries[1].steps, rows).passes == {"Round": 1}
+    assert duration(12000) == "3 h 20 min"
+
+
+def test_steps_differ_by_seed_by_task_where_it_is_read_and_by_model(folder):
+    tuned, pruned, rounded = study(folder).entries
+    assert pruned.steps == rounded.steps[:2]
+    assert entry("b", tuned, *pruned.passes, seed=1).steps[1] != pruned.steps[1]
+    assert entry("b", folder, *pruned.passes).steps[0] != pruned.steps[0]
