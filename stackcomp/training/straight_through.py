@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Latent(nn.Module):
-    """The dense weight behind one factorized weight, in float32, and the state of its factorization: all of it in the checkpoints of the loop."""
+    """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all."""
 
     weight: nn.Parameter  # W, n x m
     shift: Tensor
