@@ -23,7 +23,7 @@ def test_check_prints_what_each_step_reaches(tmp_path, capsys):
     assert main(["check", file(tmp_path, LEGAL)]) == 0
     out = capsys.readouterr().out
     assert "a plain dense model" in out
-    assert "MagnitudePrune(only='encoder.layer.*'): 12 weights" in out
+    assert "MagnitudePrune(only='encoder.layer.*'): 72 weights" in out
 
 
 def test_an_illegal_order_is_refused_on_standard_error(tmp_path, capsys):

@@ -120,7 +120,7 @@ class MovementPrune(LearnedForm):
         }
 
     def _choose(
-        self, handles: Mapping[str, nn.WeightHandle], masks: "Mapping[str, ScoredMask]", progress: float
+        self, handles: "Mapping[str, nn.WeightHandle]", masks: "Mapping[str, ScoredMask]", progress: float
     ) -> None:
         """Set the masks to the highest scores, with `progress` of the sparsity."""
         scores = {id_: mask.scores.detach() for id_, mask in masks.items()}
