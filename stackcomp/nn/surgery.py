@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from stackcomp.core.spec import Dense, Fixed, Free, WeightSpec
+from stackcomp.core.settings import one_of
+from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
-from stackcomp.nn.matrix import StoredMatrix, store, to_int8
+from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, to_int8, to_low_bit
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.tree import WeightHandle, put, weights
 
@@ -81,7 +82,7 @@ def sparsify(
     handle = weights(model)[id_]
     matrices = dict(_matrices(handle))
     for part, matrix in matrices.items():
-        if isinstance(matrix.spec.layout, Dense) and matrix.spec.coding != "int8":
+        if isinstance(matrix.spec.layout, Dense) and not matrix.spec.integers:
             values = matrix.dense().detach()
             kept: Bool[Tensor, "rows cols"] = mask(values)
             layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
@@ -90,20 +91,38 @@ def sparsify(
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
-def quantize(model: "PreTrainedModel", id_: str, *, dynamic: bool) -> None:
-    """Round every floating-point matrix of a weight to int8, with scales in the dtype that the weight had.
+def quantize(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    scale_coding: Coding | None = None,
+    dynamic: bool = False,
+) -> None:
+    """Round every floating-point matrix of a weight to integers of `bits` bits.
 
-    A matrix has one scale a row, or a column where its product sums over the rows (both factors of a
-    transposed weight). dynamic: the inputs of its products are rounded too, token by token.
+    8 bits: int8, with scales in the dtype that the weight had. A matrix has one scale a row, or a column where
+    its product sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are
+    rounded too, token by token.
+
+    4, 3 or 2 bits: packed codes, with a scale for every `group` stored values of a row (of a `Free` layout, of all
+    values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is said. Raises
+    SettingError for other bits, and for a group or inputs that do not go with them.
     """
+    one_of("bits", bits, (8, *LOW_BITS))
     handle = weights(model)[id_]
     axis = 1 if handle.spec.factored and handle.spec.transposed else 0
-    matrices = {
-        part: matrix
-        if matrix.spec.coding == "int8"
-        else to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
-        for part, matrix in _matrices(handle).items()
-    }
+
+    def rounded(matrix: StoredMatrix) -> StoredMatrix:
+        if matrix.spec.integers:
+            return matrix
+        if bits == 8:
+            return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
+        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
+        return to_low_bit(matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short)
+
+    matrices = {part: rounded(matrix) for part, matrix in _matrices(handle).items()}
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 

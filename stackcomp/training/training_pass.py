@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stackcomp import nn
-from stackcomp.core.facts import Fact
+from stackcomp.core.facts import INTEGERS
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.selection import chooses
 from stackcomp.core.settings import whole
@@ -90,7 +90,7 @@ class TrainingPass(Pass):
         rounded = [
             id_
             for id_, handle in nn.weights(model).items()
-            if any(Fact.INT8 in words for words in handle.spec.parts().values())
+            if any(INTEGERS & words for words in handle.spec.parts().values())
         ]
         note = (
             {"rounded_weights": f"{len(rounded)} weights are integers: of these only the scales were trained"}
