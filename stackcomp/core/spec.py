@@ -131,7 +131,7 @@ class MatrixSpec:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.group is not None) != (VALUE_BITS[self.coding] < 8) or (self.group or 1) < 1:
+        if (self.group is not None) != (self.bits < 8) or self.group == 0:
             raise SettingError(
                 f"group={self.group!r} does not fit coding={self.coding!r}: int4, int3 and int2 take a whole number from 1, "
                 "all others none"

@@ -188,7 +188,8 @@ class StoredMatrix(nn.Module):
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._form.packed and not keep_vars:
+        # on the meta device transformers asks in which dtype to load, and not what to save
+        if self._form.packed and not keep_vars and not self.values.is_meta:
             scales = low_bit.stored_scales(destination[f"{prefix}scales"], self._scale_dtype)
             destination[f"{prefix}scales"] = scales.to(self._scale_dtype)
 
@@ -434,13 +435,18 @@ def to_int8(
 
 
 def to_low_bit(
-    matrix: StoredMatrix, *, bits: int, group: int, scale_coding: Coding = "float16"
+    matrix: StoredMatrix,
+    *,
+    bits: int,
+    group: int,
+    scale_coding: Coding = "float16",
+    dynamic: bool = False,
 ) -> StoredMatrix:
     """The same matrix, in floating point until now, with its stored values rounded to 4, 3 or 2 bits, one scale
-    for every `group` of a line.
+    for every `group` of a line. Raises SettingError for a group below 1, and for `dynamic`, which needs int8.
     """
     form = matrix.spec
-    spec = replace(form, coding=LOW_BITS[bits], group=group, scale_coding=scale_coding)
+    spec = replace(form, coding=LOW_BITS[bits], group=group, scale_coding=scale_coding, dynamic=dynamic)
     rounded = StoredMatrix(spec, device=matrix.device, dtype=matrix.dtype)
     with torch.no_grad():
         assert rounded.scales is not None

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from stackcomp.core.errors import SettingError
 from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
@@ -111,6 +112,8 @@ def quantize(
     SettingError for other bits, and for a group or inputs that do not go with them.
     """
     one_of("bits", bits, (8, *LOW_BITS))
+    if bits == 8 and group is not None:
+        raise SettingError(f"group={group} does not go with bits=8: leave it out, or give bits=4, 3 or 2")
     handle = weights(model)[id_]
     axis = 1 if handle.spec.factored and handle.spec.transposed else 0
 
@@ -120,7 +123,9 @@ def quantize(
         if bits == 8:
             return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
         short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
-        return to_low_bit(matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short)
+        return to_low_bit(
+            matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
+        )
 
     matrices = {part: rounded(matrix) for part, matrix in _matrices(handle).items()}
     _put(model, handle, matrices, transposed=handle.spec.transposed)

@@ -26,9 +26,7 @@ BITS = (2, 3, 4)
 OFFSET = 0.25
 TRIES = 12  # scales compared for each end of the grid: 6 leave up to 5 percent more squared error, 40 up to 1 percent less
 NARROWEST = 0.5  # the smallest scale compared, as a share of the one that clips nothing
-CLIP = (
-    1.01  # keeps the largest value on the last level of its end, so that rounding again finds the same scale
-)
+CLIP = 1.01  # keeps the largest value on the last level, so that rounding again finds the same scale
 TILE = 1 << 16  # values searched at a time: they stay in the cache
 
 
@@ -56,9 +54,8 @@ def quantize_groups(
     found = [
         _quantize(part, bits, scale_dtype, share, tries) for part, share in zip(parts, shares, strict=True)
     ]
-    return torch.cat([codes.flatten(1) for codes, _ in found], 1), torch.cat(
-        [scales for _, scales in found], 1
-    )
+    codes, scales = ([pair[i] for pair in found] for i in range(2))
+    return torch.cat([part.flatten(1) for part in codes], dim=1), torch.cat(scales, dim=1)
 
 
 def dequantize_groups(
@@ -106,11 +103,11 @@ def pack_bits(codes: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
 def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> UInt8[Tensor, " n"]:
     """The first `count` codes that `pack_bits` packed."""
     words = torch.nn.functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits)  # 8 codes a row
-    words = torch.nn.functional.pad(words, (0, 8 - bits)).view(torch.int64)
+    words = torch.nn.functional.pad(words, (0, 8 - bits)).flatten().view(torch.int64)
     for values in (4, 2, 1):
         words = words | words << (8 - bits) * values
         words = words & _mask(bits, values)
-    return words.view(torch.uint8).flatten()[:count]
+    return words.view(torch.uint8)[:count]
 
 
 def take_bits(packed: UInt8[Tensor, " bytes"], bits: int, places: Int64[Tensor, "*t"]) -> UInt8[Tensor, "*t"]:
@@ -176,7 +173,7 @@ def _search(
     """The best scale found for every group (a row), as `dtype` keeps it.
 
     With x the value of a group that is largest in magnitude, a scale is x / place, where place is where on the grid
-    x comes to stand. Losses are in units of x^2, and lack the sum of squared values, which all share.
+    x comes to stand.
     """
     x = values.gather(1, values.abs().argmax(1, keepdim=True))
     unit = torch.where(x == 0, 1, x)
@@ -191,8 +188,8 @@ def _search(
         limit = 1 / (CLIP * _nearest(place, bits))
         step = (cross / square).clamp_(min(limit, 0), max(limit, 0))
         scales.append(stored_scales(step * x, dtype))
-        step = scales[-1] / unit
-        losses.append(step * (step * square - 2 * cross))
+        left = torch.addcmul(ratios, grid, (scales[-1] / unit)[:, None], value=-1)
+        losses.append(torch.linalg.vecdot(left if weights is None else left * weights, left))
     best = torch.stack(losses).argmin(0, keepdim=True)
     return torch.stack(scales).gather(0, best).squeeze(0)
 
