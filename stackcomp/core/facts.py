@@ -24,9 +24,8 @@ class Fact(StrEnum):
 
 Facts = frozenset[Fact]
 
-INTEGERS: Facts = frozenset(
-    {Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2}
-)  # values on a grid, whose scales can be trained
+# values on a grid, of which the scales can be trained
+INTEGERS: Facts = frozenset({Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2})
 
 
 def facts(*words: Fact) -> Facts:

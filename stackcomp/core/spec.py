@@ -131,7 +131,7 @@ class MatrixSpec:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.group is not None) != (self.bits < 8) or self.group == 0:
+        if (self.group is not None) != (self.bits < 8) or (self.group is not None and self.group < 1):
             raise SettingError(
                 f"group={self.group!r} does not fit coding={self.coding!r}: int4, int3 and int2 take a whole number from 1, "
                 "all others none"

@@ -243,11 +243,9 @@ class StoredMatrix(nn.Module):
         length = form.lines[1]
         line = entries // length
         groups = line * -(-length // form.group) + (entries - line * length) // form.group
-        scales = low_bit.stored_scales(self._steps, self._scale_dtype)[groups]
-        return (
-            low_bit.levels(low_bit.take_bits(self.values, form.bits, entries), form.bits, scales.dtype)
-            * scales
-        )
+        scales = low_bit.stored_scales(self._steps[groups], self._scale_dtype)
+        codes = low_bit.take_bits(self.values, form.bits, entries)
+        return low_bit.levels(codes, form.bits, scales.dtype) * scales
 
     def _spread(self) -> Tensor:
         """The stored values in their places, zeros elsewhere; the scales of values that are not packed are not

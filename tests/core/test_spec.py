@@ -66,6 +66,7 @@ def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, bits):
     [
         ({"coding": "int4"}, "group=None"),
         ({"coding": "int4", "group": 0}, "group=0"),
+        ({"coding": "int4", "group": -8}, "group=-8"),
         ({"coding": "int8", "group": 32}, "group=32"),
         ({"coding": "int4", "group": 32, "dynamic": True}, "dynamic=True"),
     ],
