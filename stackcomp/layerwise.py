@@ -17,7 +17,6 @@ from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import whole, within
-from stackcomp.core.spec import VALUE_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +212,7 @@ class FactorizingPass(Pass):
                 weight=weight.float(),
                 inputs=inputs,
                 outputs=outputs,
-                value_bytes=VALUE_BYTES[handle.spec.matrices["weight"].coding],
+                value_bytes=handle.spec.matrices["weight"].bits // 8,
             )
         return layers, means
 

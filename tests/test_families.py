@@ -41,7 +41,9 @@ def test_headers_tell_the_same_of_a_compressed_model(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
-@pytest.mark.parametrize("step", [sc.DenseSparse(ratio=1.4), sc.MagnitudePrune(), sc.Int8Dynamic()])
+@pytest.mark.parametrize(
+    "step", [sc.DenseSparse(ratio=1.4), sc.MagnitudePrune(), sc.Int8Dynamic(), sc.LowBitWeights()]
+)
 def test_every_family_compresses_and_reloads(family, step, tmp_path):
     model, tokenizer = toys.classifier(family), toys.tokenizer()
     apply(step, model, tokenizer, tmp_path)

@@ -12,6 +12,9 @@ class Fact(StrEnum):
 
     FLOAT = "float"  # values are floating-point numbers
     INT8 = "int8"  # values are 8-bit integers with one scale a row
+    INT4 = "int4"  # values are 4-bit codes with one scale a group
+    INT3 = "int3"  # the same with 3 bits
+    INT2 = "int2"  # the same with 2 bits
     DENSE = "dense"  # every entry is stored
     SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
     FACTOR = "factor"  # the part is one factor of a product
@@ -20,6 +23,9 @@ class Fact(StrEnum):
 
 
 Facts = frozenset[Fact]
+
+# values on a grid, of which the scales can be trained
+INTEGERS: Facts = frozenset({Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2})
 
 
 def facts(*words: Fact) -> Facts:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stackcomp.core.errors import CheckpointError, SettingError
-from stackcomp.core.facts import Fact, Facts
+from stackcomp.core.facts import INTEGERS, Fact, Facts
 
 WORD_BITS = 63  # ranks of small supports are packed together into words that fit a signed 64-bit integer
 
@@ -89,8 +89,21 @@ class Free:
 Layout = Dense | Fixed | Free
 _LAYOUTS: dict[str, type[Dense] | type[Fixed] | type[Free]] = {"dense": Dense, "fixed": Fixed, "free": Free}
 
-Coding = Literal["float32", "bfloat16", "float16", "int8"]
-VALUE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"]
+VALUE_BITS: dict[str, int] = {
+    "float32": 32,
+    "bfloat16": 16,
+    "float16": 16,
+    "int8": 8,
+    "int4": 4,
+    "int3": 3,
+    "int2": 2,
+}
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` values of `bits` bits side by side."""
+    return -(-count * bits // 8)
 
 
 def word_bits(choices: int, ranks: int) -> int:
@@ -104,7 +117,8 @@ class MatrixSpec:
 
     `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column);
     `scale_coding` is the scales' own dtype; `dynamic` that the inputs of its product are rounded to int8 as
-    they come.
+    they come. Values of fewer bits have a scale for every `group` stored values of a line (see `lines`), the
+    last group of which may be shorter; their codes are packed without a gap.
     """
 
     rows: int
@@ -114,16 +128,46 @@ class MatrixSpec:
     scale_axis: Literal[0, 1] = 0
     scale_coding: Coding = "float32"
     dynamic: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
+        if (self.group is not None) != (self.bits < 8) or (self.group is not None and self.group < 1):
+            raise SettingError(
+                f"group={self.group!r} does not fit coding={self.coding!r}: int4, int3 and int2 take a whole number from 1, "
+                "all others none"
+            )
+        if self.dynamic and self.coding != "int8":
+            raise SettingError(
+                f"dynamic=True does not fit coding={self.coding!r}: inputs are rounded for int8 values only"
+            )
         if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
             raise SettingError(
                 f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor"
             )
 
     @property
+    def lines(self) -> tuple[int, int]:
+        """Number and length of the lines of stored values that are cut into groups: the rows; of a `Free`
+        layout, whose rows differ, all values are one line.
+        """
+        match self.layout:
+            case Dense():
+                return self.rows, self.cols
+            case Fixed(block=block, nonzeros=nonzeros):
+                return self.rows, self.cols // block * nonzeros
+            case Free(nonzeros=nonzeros):
+                return 1, nonzeros
+
+    @property
+    def count(self) -> int:
+        """Number of stored values."""
+        return math.prod(self.lines)
+
+    @property
     def values_shape(self) -> tuple[int, ...]:
-        """Shape of the stored values tensor."""
+        """Shape of the stored values tensor: of bytes, where several values share one."""
+        if self.packed:
+            return (self.value_bytes,)
         match self.layout:
             case Dense():
                 return (self.rows, self.cols)
@@ -133,9 +177,24 @@ class MatrixSpec:
                 return (nonzeros,)
 
     @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return VALUE_BITS[self.coding]
+
+    @property
+    def integers(self) -> bool:
+        """Whether values are integers with scales."""
+        return self.coding in INTEGERS
+
+    @property
+    def packed(self) -> bool:
+        """Whether values are codes of fewer than 8 bits, packed side by side, with scales for groups of them."""
+        return self.group is not None
+
+    @property
     def value_bytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.values_shape) * VALUE_BYTES[self.coding]
+        return packed_bytes(self.count, self.bits)
 
     @property
     def index_bytes(self) -> int:
@@ -145,18 +204,21 @@ class MatrixSpec:
     @property
     def scale_count(self) -> int:
         """Number of scales: 0 for floating-point values."""
-        return 0 if self.coding != "int8" else (self.rows, self.cols)[self.scale_axis]
+        if self.group is not None:
+            lines, length = self.lines
+            return lines * -(-length // self.group)
+        return (self.rows, self.cols)[self.scale_axis] if self.integers else 0
 
     @property
     def total_bytes(self) -> int:
         """Bytes of values, indices and scales."""
-        return self.value_bytes + self.index_bytes + self.scale_count * VALUE_BYTES[self.scale_coding]
+        return self.value_bytes + self.index_bytes + self.scale_count * VALUE_BITS[self.scale_coding] // 8
 
     @property
     def facts(self) -> Facts:
         """The facts of this matrix, but for `factor`, which its weight knows."""
         words = {Fact.DENSE if isinstance(self.layout, Dense) else Fact.SPARSE}
-        words |= {Fact.INT8} if self.coding == "int8" else {Fact.FLOAT, Fact.TRAINABLE}
+        words |= {Fact(self.coding)} if self.integers else {Fact.FLOAT, Fact.TRAINABLE}
         return frozenset(words | ({Fact.DYNAMIC} if self.dynamic else set()))
 
 
@@ -232,7 +294,8 @@ class WeightSpec:
 def _matrix_to_json(matrix: MatrixSpec) -> dict[str, Any]:
     data = {
         name: getattr(matrix, name)
-        for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic")
+        for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic", "group")
+        if name != "group" or matrix.packed
     }
     return {**data, "layout": dict(vars(matrix.layout))}
 

@@ -3,14 +3,18 @@
 Letters: the matrix M has `rows` rows and `cols` columns; t is tokens. A factor of a blocked weight is a stack
 of `blocks` matrices below each other, M_1 ... M_blocks, of rows / blocks rows each.
 
-What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers),
-`support` (packed bytes; only where some entries are not stored) and `scales` (a parameter, so that they stay
-trainable; only with integers).
+What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers, of packed
+bytes below 8 bits), `support` (packed bytes; only where some entries are not stored) and `scales` (a parameter, so
+that they stay trainable; only with integers).
+
+Scales of packed values are kept in the dtype of the model, which is what a product and an optimizer want, and are
+rounded to their `scale_coding` wherever they are read: by a product, and by the state dict.
 """
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -19,7 +23,7 @@ from torch.nn import functional as F
 
 from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
-from stackcomp.ops import quantize, supports
+from stackcomp.ops import low_bit, quantize, supports
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -27,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+LOW_BITS: dict[int, Coding] = {4: "int4", 3: "int3", 2: "int2"}
 CODINGS: dict[torch.dtype, Coding] = {dtype: name for name, dtype in DTYPES.items()}  # type: ignore[misc]
 
 GATHER_TOKENS = 256  # up to here, and up to this share of entries, gathering rows was measured faster than
@@ -35,7 +40,7 @@ GATHER_DENSITY = 0.25  # decoding and a dense product (2 to 5 times at 16 tokens
 
 class StoredMatrix(nn.Module):
     """The matrix that a `MatrixSpec` describes, with its products. Values are uninitialised: `store` fills
-    them.
+    them. dtype: of the scales of packed values (default: their coding), which is that of the matrix.
     """
 
     values: Tensor
@@ -43,18 +48,22 @@ class StoredMatrix(nn.Module):
     scales: Tensor | None
     _is_hf_initialized = True  # transformers fills what lacks this flag with random numbers
 
-    def __init__(self, spec: MatrixSpec, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        spec: MatrixSpec,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self._form = spec
         self._cached: _Support | None = None
-        integers = spec.coding == "int8"
-        values = torch.empty(spec.values_shape, dtype=DTYPES[spec.coding], device=device)
-        scales = (
-            torch.empty(spec.scale_count, dtype=DTYPES[spec.scale_coding], device=device)
-            if integers
-            else None
+        values = torch.empty(
+            spec.values_shape, dtype=torch.uint8 if spec.packed else DTYPES[spec.coding], device=device
         )
-        self.register_buffer("values", values) if integers else self.register_parameter(
+        own = dtype if spec.packed and dtype else DTYPES[spec.scale_coding]
+        scales = torch.empty(spec.scale_count, dtype=own, device=device) if spec.integers else None
+        self.register_buffer("values", values) if spec.integers else self.register_parameter(
             "values", nn.Parameter(values)
         )
         support = (
@@ -69,10 +78,12 @@ class StoredMatrix(nn.Module):
 
         Raises UnsupportedModel for a dtype that is not stored.
         """
-        if self.values.dtype not in CODINGS or self.dtype not in CODINGS:
+        if self.dtype not in CODINGS:
             raise UnsupportedModel(
                 f"dtype {self.dtype} is not stored: cast the model to float32, bfloat16 or float16"
             )
+        if self._form.packed:
+            return self._form
         scale_coding = self._form.scale_coding if self.scales is None else CODINGS[self.scales.dtype]
         return replace(self._form, coding=CODINGS[self.values.dtype], scale_coding=scale_coding)
 
@@ -99,7 +110,7 @@ class StoredMatrix(nn.Module):
     def dense(self) -> Float[Tensor, "rows cols"]:
         """The whole matrix; the gradient reaches values and scales."""
         matrix = self._spread()
-        if self.scales is None:
+        if self.scales is None or self._form.packed:
             return matrix
         return matrix.to(self.scales.dtype) * self.scales.unsqueeze(1 - self._form.scale_axis)
 
@@ -118,8 +129,8 @@ class StoredMatrix(nn.Module):
             return quantize.int8_linear(x, self._spread(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=True)
-        if self.scales is not None and self._form.scale_axis == 0:
-            return quantize.int8_weight_linear(x, self._spread(), self.scales)
+        if self._scaled(0):
+            return quantize.int8_weight_linear(x, self._spread(), self._steps)
         return F.linear(x, self.dense().to(x.dtype))
 
     def combine(self, x: Float[Tensor, "*t in"], blocks: int = 1) -> Float[Tensor, "*t out"]:
@@ -130,8 +141,8 @@ class StoredMatrix(nn.Module):
             return quantize.int8_linear(x, self._spread().t(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=False)
-        if self.scales is not None and self._form.scale_axis == 1:
-            return quantize.int8_weight_linear(x, self._spread().t(), self.scales)
+        if self._scaled(1):
+            return quantize.int8_weight_linear(x, self._spread().t(), self._steps)
         return x @ self.dense().to(x.dtype)
 
     def take(self, ids: Int64[Tensor, "*t"], padding: int | None = None) -> Float[Tensor, "*t cols"]:
@@ -139,10 +150,16 @@ class StoredMatrix(nn.Module):
         form = self._form
         if self.support is None and self.scales is None:
             return F.embedding(ids, self._spread(), padding)
-        taken = (
-            self._spread()[ids] if self.support is None else self._support.take(self.values, ids, form.cols)
-        )
-        if self.scales is not None:
+        if self.support is not None:
+            places, entries = self._support.of_rows(ids)
+            found = self._at(entries)
+            taken = found.new_zeros(ids.numel() * form.cols).scatter(0, places, found)
+            taken = taken.view(*ids.shape, form.cols)
+        elif form.packed:
+            taken = self._at(ids.unsqueeze(-1) * form.cols + torch.arange(form.cols, device=ids.device))
+        else:
+            taken = self._spread()[ids]
+        if self.scales is not None and not form.packed:
             scales = self.scales[ids].unsqueeze(-1) if form.scale_axis == 0 else self.scales
             taken = taken.to(scales.dtype) * scales
         return (
@@ -158,13 +175,32 @@ class StoredMatrix(nn.Module):
                 form = f"{nonzeros} of {block}"
             case _:
                 form = f"{spec.layout.nonzeros} free"
-        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{', dynamic' if spec.dynamic else ''}"
+        group = f" in groups of {spec.group}" if spec.packed else ""
+        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}"
 
     @property
     def _steps(self) -> Tensor:
         """The scales of integers."""
         assert self.scales is not None
         return self.scales
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # on the meta device transformers asks in which dtype to load, and not what to save
+        if self._form.packed and not keep_vars and not self.values.is_meta:
+            scales = low_bit.stored_scales(destination[f"{prefix}scales"], self._scale_dtype)
+            destination[f"{prefix}scales"] = scales.to(self._scale_dtype)
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored."""
+        return DTYPES[self._form.scale_coding]
+
+    def _scaled(self, axis: Literal[0, 1]) -> bool:
+        """Whether all values of an output, the outputs being on `axis`, have one scale."""
+        return self.scales is not None and not self._form.packed and self._form.scale_axis == axis
 
     def _rounds(self, axis: Literal[0, 1]) -> bool:
         """Whether a product rounds its inputs: that needs the scales on its output side. (Rows taken by id
@@ -188,12 +224,37 @@ class StoredMatrix(nn.Module):
             products = [quantize.int8_linear(parts[k], stack[k].t(), self._steps) for k in range(blocks)]
         return torch.cat(products, dim=-1)
 
+    def _flat(self) -> Tensor:
+        """The stored values in a row; packed ones decoded, the scales of others not applied."""
+        form = self._form
+        if not form.packed:
+            return self.values.flatten()
+        assert form.group is not None
+        codes = low_bit.unpack_bits(self.values, form.bits, form.count).view(form.lines)
+        scales = low_bit.stored_scales(self._steps, self._scale_dtype).view(form.lines[0], -1)
+        return low_bit.dequantize_groups(codes, scales, form.bits, form.group).flatten()
+
+    def _at(self, entries: Int64[Tensor, "*t"]) -> Tensor:
+        """The stored values at these places of the row `_flat`, without decoding the others."""
+        form = self._form
+        if not form.packed:
+            return self.values.flatten()[entries]
+        assert form.group is not None
+        length = form.lines[1]
+        line = entries // length
+        groups = line * -(-length // form.group) + (entries - line * length) // form.group
+        scales = low_bit.stored_scales(self._steps[groups], self._scale_dtype)
+        codes = low_bit.take_bits(self.values, form.bits, entries)
+        return low_bit.levels(codes, form.bits, scales.dtype) * scales
+
     def _spread(self) -> Tensor:
-        """The stored values in their places, zeros elsewhere, scales not applied."""
+        """The stored values in their places, zeros elsewhere; the scales of values that are not packed are not
+        applied.
+        """
+        values = self._flat()
         if self.support is None:
-            return self.values.view(self.shape)
-        matrix = torch.zeros(self.shape.numel(), dtype=self.values.dtype, device=self.device)
-        return matrix.scatter(0, self._support.flat, self.values.flatten()).view(self.shape)
+            return values.view(self.shape)
+        return values.new_zeros(self.shape.numel()).scatter(0, self._support.flat, values).view(self.shape)
 
     def _gathers(self, x: Tensor) -> bool:
         """Whether a product gathers the stored entries instead of decoding the matrix: a function of shapes,
@@ -210,7 +271,7 @@ class StoredMatrix(nn.Module):
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
         few = (
-            self.values.numel() <= GATHER_DENSITY * self.shape.numel()
+            self._form.count <= GATHER_DENSITY * self.shape.numel()
             and x.numel() <= GATHER_TOKENS * x.shape[-1]
         )
         return few and not wants_gradient
@@ -220,8 +281,8 @@ class StoredMatrix(nn.Module):
         entries name.
         """
         support = self._support
-        values = self.values.flatten()
-        if self.scales is not None:
+        values = self._flat()
+        if self.scales is not None and not self._form.packed:
             values = values * self.scales[support.rows if self._form.scale_axis == 0 else support.cols]
         places, offsets, order = support.by_row if transpose else support.by_column
         tokens = x.reshape(-1, x.shape[-1]).t().contiguous()
@@ -284,18 +345,16 @@ class _Support:
         order = self.cols.argsort(stable=True)
         return self.rows[order].int(), _starts(self.cols[order], self.form.cols), order
 
-    def take(self, values: Tensor, ids: Tensor, cols: int) -> Tensor:
-        """The rows `ids` of the matrix with these values."""
+    def of_rows(self, ids: Int64[Tensor, "*t"]) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+        """Of the stored values in the rows `ids`: their places in these rows put together, and which they are."""
         columns, starts, _ = self.by_row
         wanted = ids.flatten()
         first = starts[wanted].long()
         lengths = starts[wanted + 1].long() - first
         row = torch.repeat_interleave(torch.arange(len(wanted), device=ids.device), lengths)
         before = lengths.cumsum(0) - lengths
-        entry = torch.arange(len(row), device=ids.device) + (first - before)[row]
-        taken = torch.zeros(len(wanted) * cols, dtype=values.dtype, device=ids.device)
-        taken = taken.scatter(0, row * cols + columns[entry].long(), values.flatten()[entry])
-        return taken.view(*ids.shape, cols)
+        entries = torch.arange(len(row), device=ids.device) + (first - before)[row]
+        return row * self.form.cols + columns[entries].long(), entries
 
 
 def _starts(sorted_places: Tensor, count: int) -> Tensor:
@@ -370,8 +429,38 @@ def to_int8(
         rounded.values.copy_(kept.reshape(rounded.values.shape))
         assert rounded.scales is not None
         rounded.scales.copy_(scales)
-        if matrix.support is not None:
-            assert rounded.support is not None
-            rounded.support.copy_(matrix.support)
+    return _as(matrix, rounded)
+
+
+def to_low_bit(
+    matrix: StoredMatrix,
+    *,
+    bits: int,
+    group: int,
+    scale_coding: Coding = "float16",
+    dynamic: bool = False,
+) -> StoredMatrix:
+    """The same matrix, in floating point until now, with its stored values rounded to 4, 3 or 2 bits, one scale
+    for every `group` of a line. Raises SettingError for a group below 1, and for `dynamic`, which needs int8.
+    """
+    form = matrix.spec
+    spec = replace(form, coding=LOW_BITS[bits], group=group, scale_coding=scale_coding, dynamic=dynamic)
+    rounded = StoredMatrix(spec, device=matrix.device, dtype=matrix.dtype)
+    with torch.no_grad():
+        assert rounded.scales is not None
+        codes, scales = low_bit.quantize_groups(
+            matrix.values.view(form.lines), bits, group, scale_dtype=DTYPES[scale_coding]
+        )
+        rounded.values.copy_(low_bit.pack_bits(codes.flatten(), bits))
+        rounded.scales.copy_(scales.flatten())
+    return _as(matrix, rounded)
+
+
+def _as(matrix: StoredMatrix, rounded: StoredMatrix) -> StoredMatrix:
+    """`rounded` with the support of `matrix`; its scales train where anything of `matrix` did."""
+    if matrix.support is not None:
+        assert rounded.support is not None
+        rounded.support.copy_(matrix.support)
+    assert rounded.scales is not None
     rounded.scales.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))
     return rounded

@@ -197,7 +197,7 @@ def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:
         return replace(
             matrix,
             coding=new if matrix.coding == old else matrix.coding,
-            scale_coding=new if matrix.scale_coding == old else matrix.scale_coding,
+            scale_coding=new if matrix.scale_coding == old and not matrix.packed else matrix.scale_coding,
         )
 
     return replace(spec, matrices={part: cast(matrix) for part, matrix in spec.matrices.items()})

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from stackcomp.core.errors import UnsupportedModel
-from stackcomp.core.spec import Dense, Fixed, Free, WeightSpec
+from stackcomp.core.errors import SettingError, UnsupportedModel
+from stackcomp.core.settings import one_of
+from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
-from stackcomp.nn.matrix import StoredMatrix, store, to_int8
+from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, to_int8, to_low_bit
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
 
@@ -31,13 +32,13 @@ def factorize(
     *,
     basis: Float[Tensor, "atoms g"],
     values: Float[Tensor, "..."],
-    support: Int64[Tensor, "n blocks s"] | None = None,
+    support: Int64[Tensor, "n groups s"] | None = None,
     transposed: bool = False,
 ) -> None:
     """Store W = S D (`transposed`: W^T = S D) with the basis D (blocks*b x g) and coefficients S.
 
-    With a `support`, S has `values` (n, blocks, s) at the ascending columns `support` of each block of b;
-    without one S is dense, and `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not
+    With a `support`, S has `values` (n, blocks*q, s) at the ascending columns `support` of each of the q groups that the b
+    atoms of a block are in (q is mostly 1); without one S is dense, and `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not
     make W.
     """
     handle = weights(model)[id_]
@@ -53,14 +54,15 @@ def factorize(
     if support is None:
         coefficients = store(values.to(like), Dense())
     else:
-        if support.shape != values.shape or support.shape[:2] != (n, blocks):
+        spans = support.shape[1]
+        if support.shape != values.shape or len(support) != n or spans % blocks or atoms % spans:
             raise ValueError(
                 f"{id_}: support {tuple(support.shape)} and values {tuple(values.shape)} do not make {n} x {blocks} x s"
             )
-        b = atoms // blocks
-        layout = Fixed(block=b, nonzeros=support.shape[2])
-        spread = torch.zeros(n, blocks, b, dtype=like.dtype, device=like.device)
-        mask = torch.zeros(n, blocks, b, dtype=torch.bool, device=like.device)
+        group = atoms // spans
+        layout = Fixed(block=group, nonzeros=support.shape[2])
+        spread = torch.zeros(n, spans, group, dtype=like.dtype, device=like.device)
+        mask = torch.zeros(n, spans, group, dtype=torch.bool, device=like.device)
         spread.scatter_(-1, support.to(like.device), values.detach().to(like))
         mask.scatter_(-1, support.to(like.device), True)
         coefficients = store(spread.flatten(1), layout, mask.flatten(1))
@@ -82,7 +84,7 @@ def sparsify(
     handle = weights(model)[id_]
     matrices = dict(_matrices(handle))
     for part, matrix in matrices.items():
-        if isinstance(matrix.spec.layout, Dense) and matrix.spec.coding != "int8":
+        if isinstance(matrix.spec.layout, Dense) and not matrix.spec.integers:
             values = matrix.dense().detach()
             kept: Bool[Tensor, "rows cols"] = mask(values)
             layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
@@ -91,20 +93,42 @@ def sparsify(
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
-def quantize(model: "PreTrainedModel", id_: str, *, dynamic: bool) -> None:
-    """Round every floating-point matrix of a weight to int8, with scales in the dtype that the weight had.
+def quantize(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    scale_coding: Coding | None = None,
+    dynamic: bool = False,
+) -> None:
+    """Round every floating-point matrix of a weight to integers of `bits` bits.
 
-    A matrix has one scale a row, or a column where its product sums over the rows (both factors of a
-    transposed weight). dynamic: the inputs of its products are rounded too, token by token.
+    8 bits: int8, with scales in the dtype that the weight had. A matrix has one scale a row, or a column where
+    its product sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are
+    rounded too, token by token.
+
+    4, 3 or 2 bits: packed codes, with a scale for every `group` stored values of a row (of a `Free` layout, of all
+    values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is said. Raises
+    SettingError for other bits, and for a group or inputs that do not go with them.
     """
+    one_of("bits", bits, (8, *LOW_BITS))
+    if bits == 8 and group is not None:
+        raise SettingError(f"group={group} does not go with bits=8: leave it out, or give bits=4, 3 or 2")
     handle = weights(model)[id_]
     axis = 1 if handle.spec.factored and handle.spec.transposed else 0
-    matrices = {
-        part: matrix
-        if matrix.spec.coding == "int8"
-        else to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
-        for part, matrix in _matrices(handle).items()
-    }
+
+    def rounded(matrix: StoredMatrix) -> StoredMatrix:
+        if matrix.spec.integers:
+            return matrix
+        if bits == 8:
+            return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
+        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
+        return to_low_bit(
+            matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
+        )
+
+    matrices = {part: rounded(matrix) for part, matrix in _matrices(handle).items()}
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 

@@ -155,7 +155,11 @@ def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
                     f"{path}: {type(found).__name__} of shape {shape} in the model, a weight of {spec.rows} x {spec.cols} in its "
                     "config.json: load it with the class and settings it was saved with"
                 )
-        put(model, spec, {part: StoredMatrix(matrix) for part, matrix in spec.matrices.items()})
+        put(
+            model,
+            spec,
+            {part: StoredMatrix(matrix, dtype=model.dtype) for part, matrix in spec.matrices.items()},
+        )
 
 
 def _untie(model: "PreTrainedModel") -> None:

@@ -78,6 +78,8 @@ class Latent(nn.Module):
 class LatentLinear(nn.Module):
     """y = x W'^T + b in the place of a compressed layer while it trains."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, latent: Latent, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.latent = latent

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stackcomp import nn
 from stackcomp.core.contract import Need
-from stackcomp.core.facts import Fact
+from stackcomp.core.facts import INTEGERS
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.selection import Globs, chooses
 from stackcomp.core.settings import whole, within
@@ -114,7 +114,7 @@ class TrainingPass(Pass):
         rounded = [
             id_
             for id_, handle in nn.weights(model).items()
-            if any(Fact.INT8 in words for words in handle.spec.parts().values())
+            if any(INTEGERS & words for words in handle.spec.parts().values())
         ]
         note = (
             {"rounded_weights": f"{len(rounded)} weights are integers: of these only the scales were trained"}

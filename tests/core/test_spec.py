@@ -36,6 +36,50 @@ def test_total_bytes_count_values_indices_and_scales():
     assert matrix.total_bytes == matrix.value_bytes + matrix.index_bytes + 40
 
 
+@pytest.mark.parametrize(
+    ("layout", "count", "scales"),
+    [
+        (Dense(), 10 * 60, 10 * 2),  # a row of 60 is a group of 32 and one of 28
+        (Fixed(block=20, nonzeros=3), 10 * 9, 10),
+        (Free(nonzeros=100), 100, 4),  # groups run over all values
+        (Free(nonzeros=0), 0, 0),
+    ],
+)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, bits):
+    matrix = MatrixSpec(
+        rows=10, cols=60, layout=layout, coding=f"int{bits}", group=32, scale_coding="float16"
+    )
+    assert matrix.count == count
+    assert matrix.value_bytes == math.ceil(count * bits / 8)
+    assert matrix.values_shape == (matrix.value_bytes,)
+    assert matrix.scale_count == scales
+    assert matrix.total_bytes == matrix.value_bytes + matrix.index_bytes + 2 * scales
+    assert Fact(f"int{bits}") in matrix.facts
+    assert not {Fact.FLOAT, Fact.TRAINABLE, Fact.INT8} & matrix.facts
+    weight = WEIGHT.with_matrix("basis", matrix)
+    assert WeightSpec.from_json("a.b", json.loads(json.dumps(weight.to_json()))) == weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coding": "int4"}, "group=None"),
+        ({"coding": "int4", "group": 0}, "group=0"),
+        ({"coding": "int4", "group": -8}, "group=-8"),
+        ({"coding": "int8", "group": 32}, "group=32"),
+        ({"coding": "int4", "group": 32, "dynamic": True}, "dynamic=True"),
+    ],
+)
+def test_settings_of_a_coding_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        MatrixSpec(rows=2, cols=4, **settings)
+
+
+def test_what_was_written_before_there_were_groups_is_read():
+    assert "group" not in WEIGHT.to_json()["matrices"]["basis"]
+
+
 def test_facts_follow_layout_and_coding():
     assert MatrixSpec(rows=2, cols=2).facts == {Fact.FLOAT, Fact.DENSE, Fact.TRAINABLE}
     assert MatrixSpec(rows=2, cols=4, layout=Free(nonzeros=2), coding="int8", dynamic=True).facts == {

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from stackcomp.core.spec import Dense, Fixed, Free, MatrixSpec
-from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store, to_int8
+from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store, to_int8, to_low_bit
+from stackcomp.ops import round_groups
 
 ROWS, COLS = 12, 20
 LAYOUTS = ["dense", "fixed", "full", "free"]
@@ -145,6 +146,86 @@ def test_int8_products_block_by_block(dynamic):
     assert (up.combine(y.flatten(1), 3) - exact).abs().max() <= (
         0.05 * exact.abs().max() if dynamic else 1e-4
     )
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("group", [7, 16])
+def test_low_bits(kept, bits, group):
+    stored, matrix = kept
+    rounded = to_low_bit(stored, bits=bits, group=group)
+    assert rounded.spec.coding == f"int{bits}"
+    assert sum(part.nbytes for part in rounded.state_dict().values()) == rounded.spec.total_bytes
+    assert torch.equal(rounded.mask(), stored.mask())
+    assert not rounded.dense()[~stored.mask()].any()
+    expected = round_groups(stored.values.detach().view(stored.spec.lines), bits, group)
+    assert torch.equal(rounded.dense(), torch.zeros_like(matrix).masked_scatter(stored.mask(), expected))
+    again = to_low_bit(store(rounded.dense().detach(), *form_of(stored)), bits=bits, group=group)
+    assert torch.equal(again.dense(), rounded.dense())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            x = torch.randn(2, 3, COLS)
+            assert torch.allclose(rounded.project(x), x @ rounded.dense().t(), atol=1e-5)
+            assert torch.allclose(rounded.project(x.repeat(1, 1, 3), 3), blockwise(rounded, x), atol=1e-5)
+            x = torch.randn(2, 3, ROWS)
+            assert torch.allclose(rounded.combine(x), x @ rounded.dense(), atol=1e-5)
+    ids = torch.tensor([[0, 3, 7], [11, 3, 0]])
+    assert torch.equal(rounded.take(ids), rounded.dense()[ids])
+    assert rounded.take(torch.empty(0, dtype=torch.int64)).shape == (0, COLS)
+
+
+def form_of(stored):
+    """Layout and mask of a matrix, as `store` takes them."""
+    return stored.spec.layout, None if stored.support is None else stored.mask()
+
+
+def blockwise(stored, x):
+    """Products of x with each of three matrices below each other."""
+    return torch.cat([x @ part.t() for part in stored.dense().unflatten(0, (3, -1))], dim=-1)
+
+
+def test_low_bit_scales_get_the_gradient_of_what_they_scale(kept):
+    stored, _ = kept
+    rounded = to_low_bit(stored, bits=3, group=7)
+    assert [name for name, part in rounded.named_parameters() if part.requires_grad] == ["scales"]
+    weights = torch.randn(ROWS, COLS)
+    (rounded.dense() * weights).sum().backward()
+    with torch.no_grad():
+        moved = copy.deepcopy(rounded)
+        moved.scales.mul_(2)
+        expected = ((moved.dense() - rounded.dense()) * weights).sum()
+    assert torch.allclose((rounded.scales.grad * rounded.scales).sum(), expected, atol=1e-4)
+    rounded.zero_grad()
+    rounded.take(torch.tensor([0, 5, 5]), padding=5).sum().backward()
+    first = rounded.scales.grad.clone()
+    rounded.zero_grad()
+    rounded.take(torch.tensor([0])).sum().backward()
+    assert torch.equal(first, rounded.scales.grad)
+
+
+def test_low_bit_scales_that_train_compute_what_is_saved(kept):
+    rounded = to_low_bit(kept[0], bits=4, group=5)
+    with torch.no_grad():
+        rounded.scales.mul_(1.0003)  # no 16-bit number now
+    state = rounded.state_dict()
+    assert state["scales"].dtype == torch.float16
+    reloaded = copy.deepcopy(rounded)
+    reloaded.load_state_dict(state)
+    assert not torch.equal(reloaded.scales, rounded.scales)
+    assert torch.equal(reloaded.dense(), rounded.dense())
+    with torch.no_grad():
+        assert torch.equal(reloaded.dense(), rounded.dense())
+    x = torch.arange(ROWS)
+    assert torch.equal(reloaded.take(x), rounded.take(x))
+
+
+def test_low_bits_follow_a_cast_and_keep_their_file():
+    rounded = to_low_bit(store(*masked("fixed")), bits=4, group=4)
+    small = copy.deepcopy(rounded).to(torch.bfloat16)
+    assert small.dtype == small.dense().dtype == torch.bfloat16
+    assert small.spec == rounded.spec
+    assert small.state_dict()["scales"].dtype == torch.float16
+    assert torch.allclose(small.dense().float(), rounded.dense(), rtol=0.02)
+    assert repr(rounded) == "StoredMatrix(12x20, 2 of 10, int4 in groups of 4)"
 
 
 def test_scales_are_what_trains_of_integers(kept):

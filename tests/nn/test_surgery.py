@@ -6,8 +6,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from stackcomp import nn as snn
-from stackcomp.core.errors import BadWeights, UnsupportedModel
+from stackcomp.core.errors import BadWeights, SettingError, UnsupportedModel
 from stackcomp.core.spec import Dense, Fixed, Free
+from stackcomp.ops import round_groups
 from tests import toys
 
 
@@ -142,6 +143,45 @@ def test_quantize_reaches_every_matrix_with_scales_on_the_output_side():
         with torch.no_grad():
             exact = x @ before.t() + layer.bias
             assert (layer(x) - exact).norm() <= 0.04 * exact.norm()
+
+
+def test_low_bits_reach_every_matrix_once():
+    model = toys.bert_classifier()
+    low_rank(model, "encoder.layer.0.attention.self.query", 4, transposed=True)
+    for id_ in ("encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense"):
+        before = snn.weights(model)[id_].dense()
+        snn.quantize(model, id_, bits=4, group=16)
+        rounded = snn.weights(model)[id_]
+        assert {matrix.coding for matrix in rounded.spec.matrices.values()} == {"int4"}
+        assert {matrix.scale_coding for matrix in rounded.spec.matrices.values()} == {"float16"}
+        assert (rounded.dense() - before).norm() <= 0.15 * before.norm()
+        snn.quantize(model, id_, bits=2, group=16)  # what is rounded stays as it is
+        assert torch.equal(snn.weights(model)[id_].dense(), rounded.dense())
+
+
+def test_weights_on_the_grid_lose_nothing():
+    model = toys.bert_classifier()
+    id_ = "encoder.layer.0.output.dense"
+    with torch.no_grad():
+        weight = model.bert.encoder.layer[0].output.dense.weight
+        weight.copy_(round_groups(weight, 3, 12, tries=3))
+    before = snn.weights(model)[id_].dense().clone()
+    snn.quantize(model, id_, bits=3, group=12)
+    assert torch.equal(snn.weights(model)[id_].dense(), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 8, "group": 32}, "group=32 does not go with bits=8"),
+        ({"bits": 4}, "group=0"),
+        ({"bits": 4, "group": 32, "dynamic": True}, "dynamic=True"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        snn.quantize(toys.bert_classifier(), "classifier", **settings)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

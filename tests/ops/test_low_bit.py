@@ -1,0 +1,142 @@
+"""Group-wise rounding and its packing: parity with loops over groups, what rounding twice leaves, and bytes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stackcomp.core.errors import SettingError
+from stackcomp.core.spec import packed_bytes
+from stackcomp.ops import dequantize_groups, low_bit, pack_bits, quantize_groups, round_groups, unpack_bits
+
+BITS = (2, 3, 4)
+bits_of = pytest.mark.parametrize("bits", BITS)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(values, rounded, weights=1.0):
+    return (weights * (values - rounded).square()).sum(-1)
+
+
+@given(st.sampled_from(BITS), st.integers(0, 70), st.integers(0, 5), st.data())
+def test_packing_is_exact_and_as_small_as_it_says(bits, count, start, data):
+    drawn = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count + start, max_size=count + start))
+    codes = torch.tensor(drawn, dtype=torch.uint8)[start:]
+    packed = pack_bits(codes, bits)
+    assert len(packed) == packed_bytes(count, bits) == -(-count * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, count), codes)
+    places = torch.arange(count).flip(0)
+    assert torch.equal(low_bit.take_bits(packed, bits, places), codes.flip(0))
+
+
+@bits_of
+def test_bits_stand_where_the_docstring_says(bits):
+    codes = torch.randint(0, 2**bits, (21,), dtype=torch.uint8)
+    stream = int.from_bytes(bytes(pack_bits(codes, bits).tolist()), "little")
+    assert [stream >> i * bits & (2**bits - 1) for i in range(21)] == codes.tolist()
+
+
+@bits_of
+@pytest.mark.parametrize("length", [32, 40, 5])
+def test_codes_are_the_nearest_levels_of_each_group(bits, length):
+    """A loop over groups and values, with the scales that were found."""
+    values = randn(3, length)
+    codes, scales = quantize_groups(values, bits, 16)
+    assert scales.shape == (3, -(-length // 16))
+    assert scales.dtype == torch.float16
+    rounded = dequantize_groups(codes, scales.float(), bits, 16)
+    grid = torch.arange(2**bits) - 2 ** (bits - 1) + 0.25
+    for row in range(3):
+        for place in range(length):
+            levels = grid * scales[row, place // 16].float()
+            value = values[row, place]
+            assert rounded[row, place] == levels[codes[row, place].long()]
+            assert (rounded[row, place] - value).abs() <= (levels - value).abs().min() + 1e-6
+
+
+@bits_of
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_search_is_about_as_good_as_a_long_one_and_never_worse_than_the_largest_value(bits, weighted):
+    values = randn(300, 32)
+    weights = randn(300, 32, seed=1).square() if weighted else None
+    counted = 1.0 if weights is None else weights
+    found = error(values, round_groups(values, bits, 32, weights=weights), counted)
+    longer = torch.stack(
+        [
+            error(values, nearest(values, values.abs().amax(1, keepdim=True) * sign / step, bits), counted)
+            for sign in (-1, 1)
+            for step in torch.linspace(2 ** (bits - 1) * 0.4, 2 ** (bits - 1) * 2, 300)
+        ]
+    ).amin(0)
+    assert found.sum() <= 1.03 * longer.sum()
+    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    unclipped = error(values, nearest(values, largest / (0.25 - 2 ** (bits - 1)), bits), counted)
+    assert (found <= 1.001 * unclipped).all()
+    assert found.sum() < 0.97 * unclipped.sum()
+    if weighted:
+        assert found.sum() < error(values, round_groups(values, bits, 32), counted).sum()
+
+
+def nearest(values, scales, bits):
+    """Values on the nearest levels of scales that are kept in full."""
+    half = 2 ** (bits - 1)
+    return ((values / scales - 0.25).round().clamp(-half, half - 1) + 0.25) * scales
+
+
+def test_more_bits_and_smaller_groups_leave_less_error():
+    values = randn(64, 128)
+    errors = [error(values, round_groups(values, bits, 32)).mean() / 128 for bits in BITS]
+    assert torch.allclose(torch.stack(errors), torch.tensor([0.0978, 0.0261, 0.0065]), rtol=0.05)
+    by_group = [error(values, round_groups(values, 3, group)).mean() for group in (8, 32, 128)]
+    assert by_group == sorted(by_group)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(BITS),
+    st.integers(1, 40),
+    st.integers(1, 33),
+    st.integers(1, 12),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(0, 99),
+)
+def test_rounding_again_changes_nothing(bits, group, length, tries, dtype, seed):
+    values = 0.05 * randn(5, length, seed=seed)
+    once = round_groups(values, bits, group, scale_dtype=dtype, tries=tries)
+    assert torch.equal(round_groups(once, bits, group, scale_dtype=dtype), once)
+    assert torch.equal(round_groups(once, bits, group, scale_dtype=dtype, tries=1), once)
+
+
+@bits_of
+def test_groups_of_zeros_and_of_one_value_are_exact(bits):
+    values = torch.cat([torch.zeros(2, 8), torch.full((1, 8), -0.75), torch.eye(1, 8)])
+    rounded = round_groups(values, bits, 8)
+    assert torch.equal(rounded[:2], values[:2])
+    assert torch.allclose(rounded[2], values[2], rtol=1e-3)
+    assert torch.isfinite(rounded).all()
+    assert round_groups(torch.empty(1, 0), bits, 8).shape == (1, 0)
+
+
+def test_other_dtypes_come_back_as_they_were_and_carry_no_gradient():
+    values = randn(4, 8).bfloat16().requires_grad_()
+    rounded = round_groups(values, 4, 8, weights=torch.zeros(4, 8))
+    assert rounded.dtype == torch.bfloat16
+    assert not rounded.requires_grad
+    assert torch.isfinite(rounded).all()
+
+
+def test_scales_as_they_are_stored_keep_their_gradient():
+    scales = torch.tensor([1.0001, 1e6, -3e-9], requires_grad=True)
+    stored = low_bit.stored_scales(scales, torch.float16)
+    assert stored.tolist() == [1.0, 65504.0, 0.0]
+    stored.sum().backward()
+    assert torch.equal(scales.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize(("bits", "group", "tries"), [(5, 8, 1), (4, 0, 1), (4, 8, 0)])
+def test_settings_out_of_range_are_refused(bits, group, tries):
+    with pytest.raises(SettingError, match=r"bits=5|group=0|tries=0"):
+        round_groups(torch.zeros(2, 8), bits, group, tries=tries)
