@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StackcompError as error:
         print(f"stackcomp: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -227,7 +230,8 @@ def describe(cls: type[Pass]) -> str:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The names a pipeline file defines. Raises PipelineFileError when it is missing or raises."""
+    """The names a pipeline file defines; it may import files beside it, as a script may. Raises PipelineFileError when it is missing
+    or raises."""
     if not path.is_file():
         raise PipelineFileError(f"{path} is no file: give a Python file that defines `pipeline`")
     try:
@@ -236,6 +240,9 @@ def read_file(path: Path) -> dict[str, Any]:
             raise PipelineFileError(f"{path} is no Python file: its name must end in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where a pass that the file defines is looked up
+        folder = str(path.resolve().parent)
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
         spec.loader.exec_module(module)
         return vars(module)
     except StackcompError:

@@ -37,8 +37,8 @@ def factorize(
 ) -> None:
     """Store W = S D (`transposed`: W^T = S D) with the basis D (blocks*b x g) and coefficients S.
 
-    With a `support`, S has `values` (n, blocks*q, s) at the ascending columns `support` of each of the q groups that the b
-    atoms of a block are in (q is mostly 1); without one S is dense, and `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not
+    With a `support`, S has `values` (n, blocks*q, s) at the ascending columns `support` of each of the q groups of a
+    block (q is mostly 1); without one S is dense, and `values` are (n, blocks*b): low rank. Raises ValueError when the shapes do not
     make W.
     """
     handle = weights(model)[id_]

@@ -143,7 +143,8 @@ class Factorizer:
             self.basis = self._first_basis()
             self._normalise_atoms()
             self._look()
-            parts = [self._shrink(rows) for rows in self._parts()]
+            inverse = _inverse(self._gram)
+            parts = [self._shrink(inverse, rows) for rows in self._parts()]
             self.code = torch.cat([part[0] for part in parts], dim=1)
             self.mask = torch.cat([part[1] for part in parts], dim=1)
         else:
@@ -173,7 +174,6 @@ class Factorizer:
         for rows in self._parts():
             self.code[:, rows], self.mask[:, rows] = pursuit.exchange(
                 self._gram,
-                self._inverse,
                 self._correlations(rows),
                 self.code[:, rows],
                 self.mask[:, rows],
@@ -181,13 +181,6 @@ class Factorizer:
                 group=self._group,
                 count=min(self._most_swapped, self._group - self._nonzeros),
                 steps=DESCENT_STEPS,
-            )
-
-    def refit(self, steps: int) -> None:
-        """The values alone, on the support and basis as they are."""
-        for rows in self._parts():
-            self.code[:, rows] = pursuit.descend(
-                self._gram, self._correlations(rows), self.code[:, rows], self.mask[:, rows], steps
             )
 
     def factors(self) -> DenseSparseFactors:
@@ -237,12 +230,11 @@ class Factorizer:
     # the dictionary, as the targets see it
 
     def _look(self) -> None:
-        """What the code needs of the basis: the atoms in the metric, their products and the inverse of these."""
+        """What the code needs of the basis: the atoms in the metric and their products."""
         self._dictionary = (
             self.basis if self._problems == self._blocks and self._columns is None else self._whitened()[None]
         )
         self._gram = self._dictionary @ self._dictionary.mT
-        self._inverse = _inverse(self._gram)
 
     def _whitened(self) -> Tensor:
         """blockdiag(D) Q^(1/2): the dictionary (k b x m) that whitened rows are coded in."""
@@ -254,10 +246,10 @@ class Factorizer:
     def _correlations(self, rows: slice = slice(None)) -> Tensor:
         return self._target[:, rows] @ self._dictionary.mT
 
-    def _shrink(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def _shrink(self, inverse: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return pursuit.shrink(
             self._gram,
-            self._inverse,
+            inverse,
             self._correlations(rows),
             nonzeros=self._nonzeros,
             group=self._group,

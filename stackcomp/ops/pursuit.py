@@ -79,7 +79,6 @@ def shrink(
 
 def exchange(
     gram: Float[Tensor, "p a a"],
-    inverse: Float[Tensor, "p a a"],
     correlations: Float[Tensor, "p n a"],
     code: Float[Tensor, "p n a"],
     mask: Bool[Tensor, "p n a"],

@@ -1,0 +1,199 @@
+"""`STF`: gradients pass straight through, supports move when the weight does, and what is exported is what was trained."""
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import checkpoint, nn, training
+from stackcomp.core.context import Context
+from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingError
+from stackcomp.manager import plan_of
+from stackcomp.ops import Factorizer, dense_sparse
+from stackcomp.training.straight_through import Latent
+from tests import toys
+from tests.passes.test_conformance import apply
+
+BLOCKS = "encoder.layer.*"
+START = sc.DenseSparse(ratio=1.6, only=BLOCKS, blocks=1, sensitivity=False, spread=None)
+QUICK = {"steps": 6, "epochs": 9, "batch_size": 4, "only": BLOCKS}
+
+
+def noise(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def factorized(tokenizer, tmp_path):
+    """A model whose first layers are dense-sparse, and their ids."""
+    model = toys.bert_classifier()
+    apply(START, model, tokenizer, tmp_path)
+    ids = [id_ for id_, handle in nn.weights(model).items() if training.projects(handle)]
+    assert ids
+    return model, ids
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_projection_is_the_factorizers_and_in_between_the_weight_moves(transposed, blocks):
+    factors = dense_sparse(noise(24, 16), atoms=6, nonzeros=2, blocks=blocks, transposed=transposed)
+    latent = Latent(factors, None)
+    torch.testing.assert_close(latent(), factors.product())
+    with torch.no_grad():
+        latent.weight += 0.1 * noise(24, 16, 1)
+    torch.testing.assert_close(latent(), factors.product() + 0.1 * noise(24, 16, 1))
+    latent.project()
+    torch.testing.assert_close(latent(), latent.factors().product())
+
+
+def test_the_gradient_passes_straight_through():
+    latent = Latent(dense_sparse(noise(24, 16), atoms=6, nonzeros=2), None)
+    with torch.no_grad():
+        latent.weight += 0.1 * noise(24, 16, 1)
+    latent.project()
+    wanted = noise(24, 16, 2)
+    (latent() * wanted).sum().backward()
+    assert torch.equal(latent.weight.grad, wanted)
+
+
+def test_the_support_follows_a_weight_that_moves_far_and_stays_when_it_does_not():
+    factors = dense_sparse(noise(48, 16), atoms=8, nonzeros=2, sweeps=10)
+    latent = Latent(factors, None)
+    assert latent.project() == 0.0
+    with torch.no_grad():
+        latent.weight.copy_(noise(48, 16, 9))
+    assert latent.project() > 0.2
+    first = left_out(latent)
+    for _ in range(8):
+        latent.project()
+    assert left_out(latent) < first
+
+
+def left_out(latent: Latent) -> float:
+    """The squared error of the last projection."""
+    return float((latent() - latent.weight).square().sum())
+
+
+def test_a_warm_start_goes_on_where_it_was():
+    weight = noise(40, 16)
+    shape = {"atoms": 8, "nonzeros": 3}
+    start = dense_sparse(weight, **shape, sweeps=3)
+    went_on = Factorizer(weight, **shape, start=start)
+    torch.testing.assert_close(went_on.product(), start.product())
+    for _ in range(3):
+        went_on.sweep()
+    error = (weight - went_on.product()).square().sum()
+    assert error < (weight - start.product()).square().sum()
+
+
+def test_without_learned_supports_it_is_conventional_practice(factorized, tokenizer, tmp_path):
+    import copy
+
+    model, _ = factorized
+    other = copy.deepcopy(model)
+    apply_to(model, sc.STF(**QUICK, learned=0.0), tokenizer, tmp_path / "one")
+    apply_to(other, sc.Distill(**{**QUICK, "only": None}), tokenizer, tmp_path / "two")
+    assert nn.weights_digest(model) == nn.weights_digest(other)
+
+
+def apply_to(model, step, tokenizer, scratch, progress=None):
+    task = toys.classification_task()
+    context = Context(
+        targets=plan_of(model).select(only=step.only, skip=None),
+        seed=0,
+        scratch=scratch,
+        task=task,
+        tokenizer=tokenizer,
+        teacher=toys.bert_classifier,
+        calibration=lambda count: task.texts("train", count),
+        **({"progress": progress} if progress else {}),
+    )
+    return step.apply(model, context)
+
+
+def test_what_it_leaves_is_plain_factors_of_the_same_bytes_and_reloads(factorized, tokenizer, tmp_path):
+    model, ids = factorized
+    before = {id_: handle.spec for id_, handle in nn.weights(model).items()}
+    masks = {id_: support(model, id_) for id_ in ids}
+    found = apply_to(model, sc.STF(**QUICK, every=1, learning_rate=0.05), tokenizer, tmp_path / "scratch")
+    assert {id_: handle.spec for id_, handle in nn.weights(model).items()} == before
+    assert any((masks[id_] != support(model, id_)).any() for id_ in ids)
+    assert max(found["changed"]) > 0
+    model.eval()
+    checkpoint.save(model, tmp_path / "saved", tokenizer=tokenizer)
+    batch = toys.batch(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
+
+
+def support(model, id_) -> torch.Tensor:
+    return nn.weights(model)[id_].modules[0].matrices["coefficients"].mask()
+
+
+class Killed(Exception):
+    """Stands for a kill inside the process."""
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
+    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2)
+
+    def run(scratch, progress):
+        model = toys.bert_classifier()
+        apply(START, model, tokenizer, tmp_path)
+        apply_to(model, step, tokenizer, scratch, progress)
+        return nn.weights_digest(model)
+
+    steps = 0
+
+    def killing(items, /, label, total=None):
+        nonlocal steps
+        for item in items:
+            steps += label == "training"
+            if steps > stop:
+                raise Killed
+            yield item
+
+    def whole(items, /, label, total=None):
+        return items
+
+    wanted = run(tmp_path / "whole", whole)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", killing)
+    assert run(tmp_path / "killed", whole) == wanted
+
+
+def test_a_failure_leaves_a_model_without_latent_weights(factorized):
+    model, ids = factorized
+    before = nn.weights_digest(model)
+    with pytest.raises(Killed), training.straightened(model, dict.fromkeys(ids)):
+        raise Killed
+    assert nn.weights_digest(model) == before
+
+
+def test_it_is_refused_where_nothing_is_dense_sparse(factorized, tokenizer, tmp_path):
+    with pytest.raises(PipelineRefused, match=r"no selected weight has one"):
+        sc.check(sc.STF(only=BLOCKS), toys.bert_classifier())
+    with pytest.raises(PipelineRefused, match=r"a legal order: DenseSparse"):
+        sc.check(sc.Pipeline(sc.STF(only=BLOCKS), sc.DenseSparse(only=BLOCKS)), toys.bert_classifier())
+    with pytest.raises(PipelineRefused):
+        sc.check(
+            sc.Pipeline(sc.DenseSparse(only=BLOCKS), sc.Int8Weights(only=BLOCKS), sc.STF(only=BLOCKS)),
+            toys.bert_classifier(),
+        )
+    with pytest.raises(NothingToCompress, match="none of the"):
+        apply_to(toys.bert_classifier(), sc.STF(**QUICK), tokenizer, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"learned": 1.5}, "learned=1.5"),
+        ({"every": 0}, "every=0"),
+        ({"weight_rate": 0.0}, "weight_rate="),
+        ({"samples": 0}, "samples=0"),
+        ({"damping": 0.0}, "damping="),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, said):
+    with pytest.raises(SettingError, match=said):
+        sc.STF(**settings)
