@@ -164,8 +164,9 @@ class Factorizer:
         if hasattr(self, "basis"):
             self._look()
 
-    def sweep(self) -> None:
-        """One round: the basis, then the code."""
+    def sweep(self, steps: int = DESCENT_STEPS) -> None:
+        """One round: the basis, then the code, whose independent rows take `steps` conjugate gradient steps for each least squares:
+        a code that is nearly right needs few."""
         self.solve_basis()
         if self._rows is not None:
             self._swap_tied()
@@ -180,7 +181,7 @@ class Factorizer:
                 nonzeros=self._nonzeros,
                 group=self._group,
                 count=min(self._most_swapped, self._group - self._nonzeros),
-                steps=DESCENT_STEPS,
+                steps=steps,
             )
 
     def factors(self) -> DenseSparseFactors:

@@ -23,6 +23,8 @@ from stackcomp.ops import DenseSparseFactors, Factorizer, Whitener
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WARM_STEPS = 3  # conjugate gradient steps of a projection: the last one is near
+
 
 class Latent(nn.Module):
     """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all."""
@@ -64,7 +66,7 @@ class Latent(nn.Module):
         for name in ("basis", "code", "mask"):
             setattr(factorizer, name, getattr(self, name).clone())
         factorizer.aim(self.weight.detach())
-        factorizer.sweep()
+        factorizer.sweep(steps=WARM_STEPS)
         for name in ("basis", "code", "mask"):
             getattr(self, name).copy_(getattr(factorizer, name))
         self.shift.copy_(factorizer.product() - self.weight)

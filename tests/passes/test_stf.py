@@ -70,7 +70,7 @@ def test_the_support_follows_a_weight_that_moves_far_and_stays_when_it_does_not(
 
 def left_out(latent: Latent) -> float:
     """The squared error of the last projection."""
-    return float((latent() - latent.weight).square().sum())
+    return float((latent() - latent.weight).square().sum().detach())
 
 
 def test_a_warm_start_goes_on_where_it_was():
