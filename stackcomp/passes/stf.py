@@ -43,8 +43,8 @@ class STF(LearnedForm):
     steps, so that what is exported is what was trained.
     """
 
-    learned: float = 0.5
-    every: int = 8
+    learned: float = 0.9
+    every: int = 16
     weight_rate: float = 1.0
     data_aware: bool = True
     samples: int = 1024
