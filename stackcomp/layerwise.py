@@ -136,8 +136,17 @@ class FactorizingPass(Pass):
                 continue
             factors = self._build(layer, choice, context.seed)
             _replace(model, id_, layer, factors, means.get(id_))
-            findings[id_] = f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x"
+            findings[id_] = f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x{self._fallback(layer)}"
         return {"layers": findings}
+
+    def _fallback(self, layer: Layer) -> str:
+        """What to say of a moment of inputs that had to be damped more than was asked for."""
+        if layer.inputs is None or layer.inputs.damping <= self.damping:
+            return ""
+        return (
+            f"; its inputs span {layer.inputs.effective_rank:.0f} of {layer.weight.shape[1]} directions: damping raised to "
+            f"{layer.inputs.damping:g}"
+        )
 
     def _near(
         self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer], budget: int

@@ -44,7 +44,7 @@ class Budget:
             "epochs": 100,
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "learning_rate": 1e-4,
+            "learning_rate": 2e-4,
         }
 
     @property
@@ -76,7 +76,7 @@ def factorized(ratio: float, **settings: object) -> sc.Pass:
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
     """Every method at an encoder compression of about `ratio`, by the name that tables use; the first four are run at every ratio."""
     recovery = budget.recovery
-    stf = sc.STF(**budget.learning, only=BLOCKS, frozen=FROZEN)
+    stf = sc.STF(**budget.learning, weight_rate=0.5, only=BLOCKS, frozen=FROZEN)
     low_rank = {"ratio": ratio, "only": BLOCKS}
     found = {
         "STF": sc.Pipeline(factorized(ratio), stf),
