@@ -125,9 +125,7 @@ class FactorizingPass(Pass):
             ]
             for id_, priced in self._price(layers, context).items()
         }
-        budget = int(sum(layer.size_bytes for layer in layers.values()) / self.ratio)
-        candidates = self._near(candidates, layers, budget)
-        taken = ops.allocate(candidates, budget)
+        taken = self._share(candidates, layers)
         findings: dict[str, str] = {}
         for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
             choice = taken[id_].choice
@@ -136,7 +134,9 @@ class FactorizingPass(Pass):
                 continue
             factors = self._build(layer, choice, context.seed)
             _replace(model, id_, layer, factors, means.get(id_))
-            findings[id_] = f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x{self._fallback(layer)}"
+            findings[id_] = (
+                f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x{self._fallback(layer)}"
+            )
         return {"layers": findings}
 
     def _fallback(self, layer: Layer) -> str:
@@ -147,6 +147,13 @@ class FactorizingPass(Pass):
             f"; its inputs span {layer.inputs.effective_rank:.0f} of {layer.weight.shape[1]} directions: damping raised to "
             f"{layer.inputs.damping:g}"
         )
+
+    def _share(
+        self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer]
+    ) -> "dict[str, Candidate]":
+        """The candidate of each layer; the first of each leaves it dense."""
+        budget = int(sum(layer.size_bytes for layer in layers.values()) / self.ratio)
+        return ops.allocate(self._near(candidates, layers, budget), budget)
 
     def _near(
         self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer], budget: int

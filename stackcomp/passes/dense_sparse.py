@@ -47,7 +47,8 @@ class DenseSparse(FactorizingPass):
     under one ratio, with low rank (every coefficient kept, no index to store) among the choices, so that
     dense-sparse never loses to it.
 
-    ratio, data_aware, sensitivity, samples, damping, spread: as in every factorization. blocks: blocks of
+    ratio, data_aware, sensitivity, samples, damping, spread: as in every factorization. atoms, nonzeros: b and s of
+    every selected weight, in place of a budget (ratio is then not used); give both, with blocks. blocks: blocks of
     columns, each with a basis of its own; it must divide every selected weight; None takes 4 for square
     weights and 1 for tall ones. orientation: which side the sparse rows run along: "rows" those of W,
     "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
@@ -57,6 +58,8 @@ class DenseSparse(FactorizingPass):
     supports are priced and stored at their entropy, and the budget is shared out over layers.
     """
 
+    atoms: int | None = None
+    nonzeros: int | None = None
     blocks: int | None = None
     orientation: Literal["auto", "rows", "columns"] = "auto"
     sweeps: int = 3
@@ -68,6 +71,13 @@ class DenseSparse(FactorizingPass):
         if self.blocks is not None:
             whole("blocks", self.blocks, 1)
         whole("sweeps", self.sweeps, 0)
+        if (self.atoms is None) != (self.nonzeros is None):
+            raise SettingError(
+                f"atoms={self.atoms!r}, nonzeros={self.nonzeros!r}: give both, or neither and a ratio"
+            )
+        if self.atoms is not None:
+            whole("atoms", self.atoms, 1)
+            whole("nonzeros", self.nonzeros, 1, self.atoms)
         one_of("orientation", self.orientation, ("auto", "rows", "columns"))
 
     @property
@@ -88,7 +98,20 @@ class DenseSparse(FactorizingPass):
                     f"DenseSparse: blocks={self.blocks} does not divide the {form.columns} columns of {weight.id}: "
                     f"give a divisor, or skip={weight.id!r}"
                 )
-        super().examine(weights)
+            if self.atoms is not None and self.atoms > form.rows:
+                raise SettingError(
+                    f"DenseSparse: atoms={self.atoms} exceeds the {form.rows} rows that {weight.id} has to mix: "
+                    f"give at most {form.rows}, or skip={weight.id!r}"
+                )
+        if self.atoms is None:
+            super().examine(weights)
+
+    def _share(
+        self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer]
+    ) -> "dict[str, Candidate]":
+        if self.atoms is None:
+            return super()._share(candidates, layers)
+        return {id_: options[-1] for id_, options in candidates.items()}
 
     def _smallest(self, rows: int, cols: int) -> float:
         return rows + cols
@@ -100,8 +123,12 @@ class DenseSparse(FactorizingPass):
         }
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
-        """Low rank at every ratio, and dense-sparse where it is expected to be better."""
+        """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
         form = self._form(*layer.weight.shape)
+        if self.atoms is not None and self.nonzeros is not None:
+            shape = {"blocks": form.blocks, "atoms": self.atoms, "nonzeros": self.nonzeros}
+            size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
+            return [ops.Candidate(size_bytes=size, error=0.0, choice=shape)]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
         candidates: list[Candidate] = []
         for step in range(STEPS):

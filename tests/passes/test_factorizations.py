@@ -142,3 +142,36 @@ def test_a_layer_too_small_to_gain_is_left_dense_and_the_findings_say_so(model, 
     findings = apply(sc.LowRank(ratio=1.3, only=(BLOCKS, "classifier")), model, tokenizer, tmp_path)
     assert "too small to gain" in findings["layers"]["classifier"]
     assert not nn.weights(model)["classifier"].spec.factored
+
+
+def test_the_papers_shape_can_be_asked_for(tokenizer, tmp_path):
+    model = toys.make("bert", "AutoModelForSequenceClassification", hidden_size=32, intermediate_size=64)
+    step = sc.DenseSparse(atoms=8, nonzeros=2, blocks=4, only=BLOCKS, data_aware=False)
+    findings = apply(step, model, tokenizer, tmp_path)
+    for id_ in plan_of(model).select(only=BLOCKS, skip=None):
+        coefficients = nn.weights(model)[id_].spec.matrices["coefficients"]
+        assert (coefficients.layout.block, coefficients.layout.nonzeros) == (8, 2)
+        assert "'atoms': 8" in findings["layers"][id_]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"atoms": 8}, "atoms=8, nonzeros=None: give both"),
+        ({"atoms": 4, "nonzeros": 5}, "nonzeros=5"),
+        ({"atoms": 4, "nonzeros": 0}, "nonzeros=0"),
+        ({"atoms": 33, "nonzeros": 2}, r"atoms=33 exceeds the 16 rows .*encoder\.layer\.0"),
+    ],
+)
+def test_a_shape_out_of_range_is_refused_before_any_weight_is_read(settings, said, model):
+    with pytest.raises(SettingError, match=said):
+        sc.check(sc.DenseSparse(only=BLOCKS, data_aware=False, **settings), model)
+
+
+def test_inputs_that_span_too_little_are_damped_visibly(model, tokenizer, tmp_path, monkeypatch):
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.weight.zero_()  # every token the same: a moment of rank one
+    monkeypatch.setattr(ops.whiten, "ATTEMPTS", 12)
+    step = sc.LowRank(ratio=1.3, only="encoder.layer.0.attention.self.*", damping=1e-12)
+    findings = apply(step, model, tokenizer, tmp_path)
+    assert any("damping raised to" in said for said in findings["layers"].values())
