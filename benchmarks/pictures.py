@@ -9,7 +9,8 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.comparison import DENSE, Comparison
 from stackcomp.core.ledger import Ledger
@@ -121,7 +122,7 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
             _panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
         figure.supxlabel(
-            "encoder compression, every index counted (log scale), and the bytes of encoder and whole file"
+            "encoder compression, every index counted (log scale), and bytes of encoder and whole file; grey: 95% of dense"
         )
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -143,30 +144,31 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
         axes.set_axis_off()
         return
     dense = found.cell(task, *DENSE).score
-    heights = [score for points in drawn.values() for _, score in points] + [dense.value]
+    lines = {name for name in drawn if _METHODS[name][3]}
+    floor = _floor([dense.value, *(score for name in lines for _, score in drawn[name])])
+    heights = [max(score, floor) for points in drawn.values() for _, score in points] + [dense.value]
     gap = (max(heights) - min(heights) or 1.0) / 16
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
     axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
-    axes.axhline(dense.value, color="0.2", linewidth=1.5)
-    words = f"dense {dense.value:.1f} ± {dense.half:.1f} (95%)"
-    axes.annotate(words, (1.25, dense.value), (0, 4), textcoords="offset points")
+    axes.hlines(dense.value, 1.95, 3.65, color="0.2", linewidth=1.5)
+    left = [_Label(f"dense {dense.value:.1f} ± {dense.half:.1f}", "0.2", (1.95, dense.value))]
+    right: list[_Label] = []
     for method, points in drawn.items():
-        _, colour, marker, line = _METHODS[method]
+        name, colour, marker, line = _METHODS[method]
         width, size = (3.0, 9) if method == "STF" else (1.8, 7)
+        shown = [(place, max(score, floor)) for place, score in points]
         axes.plot(
-            *zip(*points, strict=True),
+            *zip(*shown, strict=True),
             color=colour,
             marker=marker,
             linestyle=line,
             linewidth=width,
             markersize=size,
         )
-    _labels(
-        axes, {name: points[-1] for name, points in drawn.items() if _METHODS[name][3]}, 3.75, gap, "left"
-    )
-    _labels(
-        axes, {name: points[0] for name, points in drawn.items() if not _METHODS[name][3]}, 1.9, gap, "right"
-    )
+        below = f" {points[0][1]:.1f} ↓" if points[0][1] < floor else ""
+        (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
+    _write(axes, left, 1.9, gap, "right")
+    _write(axes, right, 3.75, gap, "left")
     axes.set_xscale("log")
     axes.set_xlim(1.22, 5.4)
     ticks = sorted(found.ratios)
@@ -184,29 +186,36 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _labels(
-    axes: "Axes", ends: Mapping[str, tuple[float, float]], place: float, gap: float, align: str
-) -> None:
-    """Names in a column at `place`, at least `gap` apart, each tied to the point it names."""
-    order = sorted(ends, key=lambda name: ends[name][1])
-    heights = _apart(
-        [ends[name][1] for name in order], [gap * (1 + _METHODS[name][0].count("\n")) for name in order]
-    )
-    for name, height in zip(order, heights, strict=True):
-        words, colour, _, _ = _METHODS[name]
+class _Label(NamedTuple):
+    words: str
+    colour: str
+    point: tuple[float, float]  # what it names
+
+
+def _floor(scores: Sequence[float]) -> float:
+    """Where the panel ends below, so that what falls far below all lines does not flatten them; it is drawn there, with its score."""
+    return min(scores) - 0.6 * (max(scores) - min(scores)) if len(scores) > 1 else -inf
+
+
+def _write(axes: "Axes", labels: Sequence[_Label], place: float, gap: float, align: str) -> None:
+    """Labels in a column at `place`, at least `gap` apart for each of their lines, each tied to the point it names."""
+    order = sorted(labels, key=lambda label: label.point[1])
+    rooms = [gap * (1 + label.words.count("\n")) for label in order]
+    heights = _apart([label.point[1] for label in order], rooms)
+    for label, height in zip(order, heights, strict=True):
         axes.annotate(
-            words,
-            ends[name],
+            label.words,
+            label.point,
             (place, height),
-            color=colour,
+            color=label.colour,
             ha=align,
             va="center",
             fontsize=12,
-            fontweight="bold" if name == "STF" else "normal",
+            fontweight="bold" if label.words == _METHODS["STF"][0] else "normal",
             linespacing=0.95,
             arrowprops={
                 "arrowstyle": "-",
-                "color": colour,
+                "color": label.colour,
                 "linewidth": 0.6,
                 "alpha": 0.6,
                 "shrinkA": 1,
