@@ -98,9 +98,9 @@ def progress(found: Comparison) -> str:
         return not_run("dsformer")
     done, total = len(found.finished), len(found.study.entries)
     if done == total:
-        return f"All {total} entries are done. {_made_by(found)}"
+        return f"All {total} entries are done (`{command('dsformer')}`). {_made(found)}"
     failed = f" ({len(found.failed)} of them failed)" if found.failed else ""
-    made = f" {_made_by(found)}" if found.finished else ""
+    made = f" {_made(found)}" if found.finished else ""
     return (
         f"**Partial: {done} of {total} entries are done**, {total - done} are not{failed}; "
         f"`{command('dsformer')}` goes on.{made}"
@@ -273,8 +273,8 @@ def _spoken(method: str) -> str:
     return names.get(method, method)
 
 
-def _made_by(found: Comparison) -> str:
-    """The command, the machines and the dates behind all rows."""
+def _made(found: Comparison) -> str:
+    """The dates and machines behind all rows."""
     rows = found.finished
     dates = sorted({row["date"] for row in rows})
     machines = sorted(
@@ -282,6 +282,4 @@ def _made_by(found: Comparison) -> str:
     )
     torches = sorted({row["versions"]["torch"] for row in rows})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return (
-        f"Made by `{command('dsformer')}`, {days}, on {' and '.join(machines)}, torch {', '.join(torches)}."
-    )
+    return f"Made {days} on {' and '.join(machines)}, torch {', '.join(torches)}."

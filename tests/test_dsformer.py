@@ -175,8 +175,8 @@ def test_nothing_has_run():
 def test_a_complete_study():
     found = compared()
     page, block = dsformer.page(found, "PICTURE"), dsformer.headline(found)
-    assert f"All {len(STUDY.entries)} entries are done." in page
-    assert f"All {len(STUDY.entries)} entries are done." in block
+    assert f"All {len(STUDY.entries)} entries are done (`stackcomp study" in page
+    assert f"All {len(STUDY.entries)} entries are done (`stackcomp study" in block
     for text in (page, block):
         assert "not run yet" not in text
         assert "Partial" not in text
