@@ -1,13 +1,18 @@
-"""Pictures of results, as SVG text: the STS benchmark's curves, and the quickstart's table as a terminal shows it.
+"""Pictures of results, as SVG text: the STS benchmark's curves, the quickstart's table as a terminal shows it, and the methods that
+DSFormer is compared with.
 
-The colours are two of Okabe and Ito's, told apart with any colour vision; line style and marker say the same again.
+The colours are Okabe and Ito's, some darkened to be read as text, told apart with any colour vision; line style and marker say the same
+again. Every picture has a white ground, so that it reads on dark pages too.
 """
 
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks.comparison import DENSE, Comparison
 from stackcomp.core.ledger import Ledger
 from stackcomp.studies.rows import Row
 
@@ -21,6 +26,19 @@ _STYLES = {  # name, colour, marker
     ("LowRank", False): ("low rank", ORANGE, "s"),
     ("LowRank", True): ("low rank, then int8", ORANGE, "s"),
     ("Int8Weights", True): ("int8 alone", "0.2", "D"),
+}
+GREEN, PURPLE, GREY = "#007A5A", "#9C4478", "0.35"
+_METHODS = {  # name, colour, marker, line
+    "STF": ("DSFormer (STF)", BLUE, "o", "-"),
+    "conventional": ("conventional", ORANGE, "s", "-"),
+    "conventional, plain start": ("conventional,\nplain start", ORANGE, "s", ":"),
+    "data-aware SVD": ("data-aware SVD", GREEN, "^", "--"),
+    "SVD": ("SVD", GREEN, "v", ""),
+    "FWSVD": ("FWSVD", GREEN, "<", ""),
+    "1:3 sparsity": ("1:3 sparsity", PURPLE, "D", ""),
+    "movement pruning": ("movement pruning", PURPLE, "P", ""),
+    "2 layers": ("2 layers", GREY, "X", ""),
+    "2 layers, hidden states": ("2 layers,\nhidden states", GREY, "*", ""),
 }
 
 
@@ -84,6 +102,138 @@ def _curve(axes: "Axes", rows: Sequence[Row], method: str, int8: bool) -> None:
         markerfacecolor="white" if int8 else colour,
         label=name,
     )
+
+
+def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
+    """Score against the bytes of the encoder, one panel a task: every method, the dense model and its interval."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    look = {
+        "svg.hashsalt": "stackcomp",
+        "font.size": 13,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with rc_context(look):
+        figure = Figure(figsize=(14, 12), layout="constrained")
+        grid = figure.subplots(2, (len(found.tasks) + 1) // 2, squeeze=False).flat
+        for axes, task in zip(grid, found.tasks, strict=False):
+            _panel(axes, found, task)
+            axes.set_title(names[task], loc="left", fontweight="bold")
+        figure.supxlabel(
+            "encoder compression, every index counted (log scale), and bytes of encoder and whole file; grey: 95% of dense"
+        )
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def _panel(axes: "Axes", found: Comparison, task: str) -> None:
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    rows = [row for row in found.finished if row["labels"]["task"] == task]
+    for method in _METHODS:
+        cells = [found.cell(task, method, ratio) for ratio in found.ratios]
+        points = sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells if cell.rows)
+        if points:
+            drawn[method] = points
+    if not drawn:
+        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color=GREY)
+        axes.set_axis_off()
+        return
+    dense = found.cell(task, *DENSE).score
+    lines = {name for name in drawn if _METHODS[name][3]}
+    floor = _floor([dense.value, *(score for name in lines for _, score in drawn[name])])
+    heights = [max(score, floor) for points in drawn.values() for _, score in points] + [dense.value]
+    gap = (max(heights) - min(heights) or 1.0) / 16
+    axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
+    axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
+    axes.hlines(dense.value, 1.95, 3.65, color="0.2", linewidth=1.5)
+    left = [_Label(f"dense {dense.value:.1f} ± {dense.half:.1f}", "0.2", (1.95, dense.value))]
+    right: list[_Label] = []
+    for method, points in drawn.items():
+        name, colour, marker, line = _METHODS[method]
+        width, size = (3.0, 9) if method == "STF" else (1.8, 7)
+        shown = [(place, max(score, floor)) for place, score in points]
+        axes.plot(
+            *zip(*shown, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            linewidth=width,
+            markersize=size,
+        )
+        below = f" {points[0][1]:.1f} ↓" if points[0][1] < floor else ""
+        (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
+    _write(axes, left, 1.9, gap, "right")
+    _write(axes, right, 3.75, gap, "left")
+    axes.set_xscale("log")
+    axes.set_xlim(1.22, 5.4)
+    ticks = sorted(found.ratios)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    some = next(row for row in rows if row["layer_compression"])
+    encoder, file = some["layer_bytes"] * some["layer_compression"], some["size_bytes"] * some["compression"]
+    sizes = {tick: (encoder / tick / 1e6, (file - encoder + encoder / tick) / 1e6) for tick in ticks}
+    axes.set_xticklabels(
+        [f"{tick:g}x\n{mine:.1f} MB\nfile {whole:.0f} MB" for tick, (mine, whole) in sizes.items()]
+    )
+    axes.set_ylabel(some["metric"])
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+
+
+class _Label(NamedTuple):
+    words: str
+    colour: str
+    point: tuple[float, float]  # what it names
+
+
+def _floor(scores: Sequence[float]) -> float:
+    """Where the panel ends below, so that what falls far below all lines does not flatten them; it is drawn there, with its score."""
+    return min(scores) - 0.6 * (max(scores) - min(scores)) if len(scores) > 1 else -inf
+
+
+def _write(axes: "Axes", labels: Sequence[_Label], place: float, gap: float, align: str) -> None:
+    """Labels in a column at `place`, at least `gap` apart for each of their lines, each tied to the point it names."""
+    order = sorted(labels, key=lambda label: label.point[1])
+    rooms = [gap * (1 + label.words.count("\n")) for label in order]
+    heights = _apart([label.point[1] for label in order], rooms)
+    for label, height in zip(order, heights, strict=True):
+        axes.annotate(
+            label.words,
+            label.point,
+            (place, height),
+            color=label.colour,
+            ha=align,
+            va="center",
+            fontsize=12,
+            fontweight="bold" if label.words == _METHODS["STF"][0] else "normal",
+            linespacing=0.95,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 4,
+            },
+        )
+
+
+def _apart(heights: Sequence[float], rooms: Sequence[float]) -> list[float]:
+    """Rising `heights`, moved as little as it takes for neighbours to have their room."""
+    found = list(heights)
+    needed = [(one + other) / 2 for one, other in pairwise(rooms)]
+    for _ in range(300):
+        for place, room in enumerate(needed):
+            lack = (room - (found[place + 1] - found[place])) / 2
+            if lack > 0:
+                found[place], found[place + 1] = found[place] - lack, found[place + 1] + lack
+    return found
 
 
 def terminal(ledger: Ledger, command: str) -> str:

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import pictures, tables
+from benchmarks import dsformer, pictures, tables
 from benchmarks.command import ROOT
+from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
 from stackcomp.core.fingerprint import digest
 from stackcomp.studies.rows import Row, Rows
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-STUDIES = ("stsb", "quickstart", "reload", "kill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class Report:
         """The rows of a study."""
         return Rows(name=name, folder=self.root / "docs" / "results").read()
 
+    def dsformer(self) -> Comparison:
+        """What the rows of the DSFormer study say together."""
+        return Comparison(study=dsformer.study(), rows=self.rows("dsformer"))
+
     def blocks(self) -> dict[str, str]:
         """Markdown of every generated block, by name."""
         found = {
@@ -43,6 +47,7 @@ class Report:
             "quickstart": tables.quickstart(self.rows("quickstart")),
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
+            "dsformer": dsformer.headline(self.dsformer()),
             "refused": refusal(),
         }
         drawn = self.pictures()
@@ -59,6 +64,9 @@ class Report:
             found["stsb"] = lambda: pictures.stsb(stsb)
         if declared:
             found["quickstart"] = lambda: pictures.terminal(declared[0][1], "make demo")
+        compared = self.dsformer()
+        if compared.finished:
+            found["dsformer"] = lambda: pictures.dsformer(compared, dsformer.TASKS)
         return found
 
     def readme(self) -> str:
@@ -102,7 +110,8 @@ class Report:
     def _mark(self, name: str) -> str:
         """The comment that tells which rows, and which drawing code, a picture shows."""
         code = Path(pictures.__file__).read_text("utf8")
-        return f"<!-- rows: {digest([self.rows(name), code])} -->"
+        rows = self.dsformer().finished if name == "dsformer" else self.rows(name)
+        return f"<!-- rows: {digest([rows, code])} -->"
 
 
 def refusal(file: str = "pipelines/refused.py") -> str:
@@ -129,6 +138,7 @@ def _wrapped(line: str) -> list[str]:
 
 PICTURES = {
     "stsb": "STS-B score against encoder compression for dense-sparse and low rank, in floating point and in int8",
+    "dsformer": "Score against bytes of the encoder for DSFormer and its rivals, one panel a task, beside the dense model and its noise",
     "quickstart": "The table that the quickstart ends with",
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import tables  # noqa: E402
+from benchmarks import dsformer, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -223,6 +223,11 @@ def results() -> str:
     )
 
 
+def dsformer_study() -> str:
+    """DSFormer against everything it is compared with."""
+    return dsformer.page(REPORT.dsformer(), picture("dsformer"))
+
+
 def reference() -> str:
     """The API, from docstrings."""
     parts = ["# API"]
@@ -237,6 +242,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "pairs.md": ("Pairs", pairs),
     "refused.md": ("A refused pipeline", refused),
     "results.md": ("Results", results),
+    "dsformer.md": ("DSFormer", dsformer_study),
     "reference.md": ("API", reference),
 }
 

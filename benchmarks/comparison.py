@@ -1,0 +1,220 @@
+"""What the rows of a study that compares methods say together: means over seeds, paired differences, compression at equal score.
+
+Entries are labelled with a task, a method and an asked ratio; the model that all start from is the method "dense". Every
+interval is the half-width of a 95% interval. Only finished rows of today's declarations count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import exp, hypot, inf, log, sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from stackcomp.studies import Entry, Study
+from stackcomp.studies.rows import Row
+
+DENSE = ("dense", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value and the half-width of its 95% interval, of `count` rows or pairs in `tasks` tasks."""
+
+    value: float
+    half: float
+    count: int
+    tasks: int = 1
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether zero lies within the interval."""
+        return abs(self.value) <= self.half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method at one ratio on one task: the rows there are, one a seed, how many are planned, and how many failed."""
+
+    rows: Sequence[Row]
+    planned: int
+    failed: int = 0
+
+    @property
+    def score(self) -> Estimate:
+        """Mean over seeds: a t-interval over them, the bootstrap noise of the row where there is one."""
+        scores = [row["score"] for row in self.rows]
+        half = _t_half(scores) if len(scores) > 1 else self.rows[0]["noise"]
+        return Estimate(value=fmean(scores), half=half, count=len(scores))
+
+    def mean(self, name: str) -> float:
+        """Mean of a figure over the seeds."""
+        return fmean(row[name] for row in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Score against encoder compression, from the lowest compression to the highest."""
+
+    points: Sequence[tuple[float, float]]
+
+    @property
+    def falls(self) -> bool:
+        """Whether each point scores below the one before it, so that a score has one compression."""
+        return len(self.points) > 1 and all(before[1] > after[1] for before, after in pairwise(self.points))
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """The lowest and the highest score."""
+        found = [score for _, score in self.points]
+        return min(found), max(found)
+
+    def compression(self, score: float) -> float:
+        """The compression at `score`, linear in its logarithm between points."""
+        rising = self.points[::-1]
+        return exp(np.interp(score, [point[1] for point in rising], [log(point[0]) for point in rising]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Compression of one curve over that of another at `score`, or in words why there is no figure."""
+
+    value: float | None = None
+    score: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The entries of `study`, and the rows there are of them."""
+
+    study: Study
+    rows: Sequence[Row]
+
+    @cached_property
+    def finished(self) -> list[Row]:
+        """The rows of finished entries, in the order of the study."""
+        rows = {row["key"]: row for row in self.rows}
+        return [
+            rows[entry.key]
+            for entry in self.study.entries
+            if entry.key in rows and entry.is_done(rows[entry.key])
+        ]
+
+    @cached_property
+    def failed(self) -> list[Row]:
+        """The rows that say why an entry failed."""
+        keys = {entry.key for entry in self.study.entries}
+        return [row for row in self.rows if "error" in row and row["key"] in keys]
+
+    @cached_property
+    def missing(self) -> list[Entry]:
+        """The entries without a finished row."""
+        done = {row["key"] for row in self.finished}
+        return [entry for entry in self.study.entries if entry.key not in done]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """All tasks, in the order of the study."""
+        return list(dict.fromkeys(entry.labels["task"] for entry in self.study.entries))
+
+    def methods(self, ratio: float) -> list[str]:
+        """All methods that are to run at a ratio, in the order of the study."""
+        found = (entry.labels for entry in self.study.entries if entry.labels["ratio"] == ratio)
+        return list(dict.fromkeys(labels["method"] for labels in found))
+
+    @cached_property
+    def ratios(self) -> list[float]:
+        """All ratios that are asked for, in the order of the study."""
+        found = dict.fromkeys(entry.labels["ratio"] for entry in self.study.entries)
+        return [ratio for ratio in found if ratio != DENSE[1]]
+
+    def cell(self, task: str, method: str, ratio: float) -> Cell:
+        """The rows of one method at one ratio on one task."""
+        labels = {"task": task, "method": method, "ratio": ratio}
+        keys = {entry.key for entry in self.study.entries if entry.labels == labels}
+        return Cell(
+            rows=[row for row in self.finished if row["key"] in keys],
+            planned=len(keys),
+            failed=sum(row["key"] in keys for row in self.failed),
+        )
+
+    def cells(self, method: str, ratio: float) -> list[Cell]:
+        """The cells of a method at a ratio that have rows, one a task."""
+        found = [self.cell(task, method, ratio) for task in self.tasks]
+        return [cell for cell in found if cell.rows]
+
+    def difference(
+        self, first: tuple[str, float], second: tuple[str, float], tasks: Sequence[str] | None = None
+    ) -> Estimate | None:
+        """Score of one (method, ratio) minus that of another: the mean over tasks of the mean over seeds that both have.
+
+        The interval is a t-interval over the pairs of task and seed, each task weighing the same; of a single pair, the
+        bootstrap noise. None where there is no pair.
+        """
+        found = {task: self._pairs(task, first, second) for task in tasks or self.tasks}
+        found = {task: pairs for task, pairs in found.items() if pairs}
+        if not found:
+            return None
+        pairs = [pair for some in found.values() for pair in some]
+        gaps = [mine["score"] - other["score"] for mine, other in pairs]
+        weights = [1 / (len(found) * len(some)) for some in found.values() for _ in some]
+        value = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True))
+        if len(pairs) > 1:
+            spread = sqrt(sum((gap - value) ** 2 for gap in gaps) / (len(gaps) - 1))
+            half = _t(len(gaps) - 1) * spread * hypot(*weights)
+        else:  # both are compared with the same dense model, which has no difference to itself
+            half = hypot(
+                *(row["difference_noise"] for row in pairs[0] if row["labels"]["method"] != DENSE[0])
+            )
+        return Estimate(value=value, half=half, count=len(pairs), tasks=len(found))
+
+    def curve(self, task: str, method: str) -> Curve:
+        """The means over seeds of a method's ratios; empty unless all of them have rows."""
+        asked = [ratio for ratio in self.ratios if method in self.methods(ratio)]
+        cells = [self.cell(task, method, ratio) for ratio in asked]
+        if not all(cell.rows for cell in cells):
+            return Curve(points=())
+        return Curve(points=sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells))
+
+    def _pairs(self, task: str, first: tuple[str, float], second: tuple[str, float]) -> list[tuple[Row, Row]]:
+        """Rows of the two with the same seed."""
+        others = {row["seed"]: row for row in self.cell(task, *second).rows}
+        return [(row, others[row["seed"]]) for row in self.cell(task, *first).rows if row["seed"] in others]
+
+
+def at_equal_score(first: Curve, second: Curve) -> Ratio:
+    """Compression of `first` over that of `second` in the middle of the scores that both reach."""
+    if not first.points or not second.points:
+        return Ratio(why="not run yet")
+    if not (first.falls and second.falls):
+        return Ratio(why="no figure: a score does not fall with compression")
+    (low, high), (other_low, other_high) = first.scores, second.scores
+    if low > other_high:
+        bound = first.points[-1][0] / second.points[0][0]
+        return Ratio(why=f"no figure: the curves share no score; above {bound:.2f}")
+    if high < other_low:
+        bound = first.points[0][0] / second.points[-1][0]
+        return Ratio(why=f"no figure: the curves share no score; below {bound:.2f}")
+    score = (max(low, other_low) + min(high, other_high)) / 2
+    return Ratio(value=first.compression(score) / second.compression(score), score=score)
+
+
+def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """The geometric mean and the ends of its t-interval; of one value, an interval without ends."""
+    logs = [log(value) for value in values]
+    half = _t_half(logs) if len(logs) > 1 else inf
+    return exp(fmean(logs)), exp(fmean(logs) - half), exp(fmean(logs) + half) if half < inf else inf
+
+
+def _t_half(values: Sequence[float]) -> float:
+    return _t(len(values) - 1) * stdev(values) / sqrt(len(values))
+
+
+def _t(freedom: int) -> Any:
+    """The 97.5% point of Student's t."""
+    return float(stdtrit(freedom, 0.975))

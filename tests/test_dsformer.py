@@ -1,0 +1,309 @@
+"""What a reader sees of the DSFormer study, from rows made up for it; and the recipe for SQuAD on toys."""
+
+import random
+
+import pytest
+
+from benchmarks import comparison, dsformer, pictures
+from benchmarks.command import ROOT
+from benchmarks.comparison import Comparison, Curve, at_equal_score
+from stackcomp.cli import main, read_file
+from tests import toys
+
+STUDY = dsformer.study()
+ENCODER, FILE = 42_467_328, 90_000_000  # bytes of the dense model
+DROPS = {  # points lost at 2.8x
+    "STF": 0.6,
+    "conventional": 1.2,
+    "data-aware SVD": 2.1,
+    "conventional, plain start": 3.0,
+    "SVD": 3.8,
+    "FWSVD": 3.2,
+    "1:3 sparsity": 2.6,
+    "movement pruning": 1.6,
+    "2 layers": 6.0,
+    "2 layers, hidden states": 5.2,
+}
+STARTS = {"stsb": 87.0, "reviews": 81.0, "mrpc": 88.5, "sst2": 90.0}
+
+
+def score(entry):
+    """The score of an entry in a world where every method loses what DROPS says, more at higher compression, and seeds differ."""
+    labels = entry.labels
+    loss = DROPS.get(labels["method"], 0.0) * (labels["ratio"] - 1) / 1.8
+    chance = random.Random(entry.key)
+    return STARTS[labels["task"]] + 0.3 * entry.seed - loss + chance.uniform(-0.1, 0.1)
+
+
+def row(entry, score=score, **more):
+    """The row that the study would leave for `entry`."""
+    ratio, dense = entry.labels["ratio"], entry.labels["method"] == "dense"
+    encoder = ENCODER / ratio
+    return {
+        "key": entry.key,
+        "labels": entry.labels,
+        "machine": {"processor": "a processor", "threads": 1},
+        "versions": {"torch": "2"},
+        "date": "2026-01-01",
+        **entry.asked,
+        "score": score(entry),
+        "noise": 1.5,
+        "difference_noise": 0.9,
+        "metric": "accuracy",
+        "layer_compression": None if dense else ratio,
+        "layer_bytes": 0 if dense else encoder,
+        "compression": FILE / (FILE - ENCODER + encoder),
+        "size_bytes": FILE - ENCODER + encoder,
+        "seconds": 1234.0,
+        **more,
+    }
+
+
+def compared(score=score, only=lambda entry: True):
+    """The study with the rows of the entries that `only` lets in."""
+    return Comparison(study=STUDY, rows=[row(entry, score) for entry in STUDY.entries if only(entry)])
+
+
+def line(text, start):
+    """The first line that starts so."""
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+# figures
+
+
+def test_a_cell_is_the_mean_over_seeds_with_a_t_interval_and_of_one_seed_the_bootstrap():
+    scores = {0: 80.0, 1: 81.0, 2: 82.0}
+    found = compared(lambda entry: scores[entry.seed])
+    several, one = found.cell("stsb", "STF", 2.8).score, found.cell("reviews", "SVD", 2.8).score
+    assert (several.value, several.count) == (81.0, 3)
+    assert several.half == pytest.approx(4.302653 / 3**0.5, abs=1e-5)
+    assert (one.value, one.half, one.count) == (80.0, 1.5, 1)
+
+
+def test_a_difference_pairs_seeds_and_weighs_tasks_the_same():
+    """SVD has three seeds on two tasks and one on the others: their losses count the same nevertheless."""
+    losses = {"stsb": 1.0, "reviews": 2.0, "mrpc": 3.0, "sst2": 6.0}
+
+    def score(entry):
+        lost = losses[entry.labels["task"]] if entry.labels["method"] == "SVD" else 0.0
+        return 80.0 + 5 * entry.seed - lost  # what seeds have in common goes away
+
+    found = compared(score)
+    gap = found.difference(("SVD", 2.8), comparison.DENSE)
+    assert (gap.value, gap.count, gap.tasks) == (pytest.approx(-3.0), 8, 4)
+    assert found.difference(("SVD", 2.8), comparison.DENSE, ["mrpc"]).half == 0
+
+
+def test_a_balanced_difference_has_the_t_interval_of_its_pairs():
+    from scipy import stats
+
+    found = compared(lambda entry: random.Random(entry.key).uniform(80, 90))
+    gap = found.difference(("STF", 2.8), ("conventional", 2.8))
+    scores = {row["key"]: row["score"] for row in found.rows}
+    pairs = [
+        scores[key] - scores[key.replace("/STF/", "/conventional/")] for key in scores if "/STF/2.8/" in key
+    ]
+    low, high = stats.t.interval(0.95, len(pairs) - 1, loc=gap.value, scale=stats.sem(pairs))
+    assert len(pairs) == gap.count == 12
+    assert (gap.value - gap.half, gap.value + gap.half) == pytest.approx((low, high))
+    assert gap.value == pytest.approx(sum(pairs) / 12)
+
+
+def test_a_single_pair_has_the_bootstrap_noise_of_what_was_compared():
+    found = compared(only=lambda entry: entry.labels["task"] == "stsb" and entry.seed == 0)
+    assert found.difference(("STF", 2.8), comparison.DENSE).half == 0.9
+    assert found.difference(("STF", 2.8), ("conventional", 2.8)).half == pytest.approx(0.9 * 2**0.5)
+    assert compared(only=lambda entry: False).difference(("STF", 2.8), comparison.DENSE) is None
+
+
+def test_compression_at_equal_score_is_linear_in_its_logarithm():
+    mine, other = Curve(points=[(2.0, 90.0), (4.0, 80.0)]), Curve(points=[(1.0, 90.0), (2.0, 80.0)])
+    found = at_equal_score(mine, other)
+    assert (found.score, found.value) == (85.0, pytest.approx(2.0))
+    assert mine.compression(85.0) == pytest.approx(8**0.5)
+    crossing = Curve(points=[(2.0, 95.0), (4.0, 75.0)])
+    assert at_equal_score(mine, crossing).value == pytest.approx(1.0)
+    assert at_equal_score(mine, Curve(points=[(2.0, 90.0), (4.0, 70.0)])).value > 1
+
+
+@pytest.mark.parametrize(
+    ("points", "why"),
+    [
+        ([(2.0, 70.0), (4.0, 60.0)], "share no score; above 2.00"),
+        ([(2.0, 99.0), (4.0, 95.0)], "share no score; below 0.50"),
+        ([(2.0, 82.0), (3.0, 84.0), (4.0, 80.0)], "does not fall"),
+        ([], "not run yet"),
+    ],
+)
+def test_there_is_no_figure_where_curves_do_not_allow_one(points, why):
+    found = at_equal_score(Curve(points=[(2.0, 90.0), (4.0, 80.0)]), Curve(points=points))
+    assert found.value is None
+    assert why in found.why
+
+
+def test_rows_of_another_declaration_and_failed_ones_do_not_count():
+    first, second, third, *_ = STUDY.entries
+    rows = [
+        row(first),
+        row(second, declaration="Pipeline()"),
+        {"key": third.key, **third.asked, "error": {"type": "MissingNeed", "message": "no luck"}},
+        {"key": "of another study", "error": {}},
+    ]
+    found = Comparison(study=STUDY, rows=rows)
+    assert [row["key"] for row in found.finished] == [first.key]
+    assert [row["key"] for row in found.failed] == [third.key]
+    assert len(found.missing) == len(STUDY.entries) - 1
+    page = dsformer.page(found, "")
+    assert f"`{third.key}` failed: MissingNeed: no luck" in page
+    assert f"1 of {len(STUDY.entries)} entries are done" in page
+    assert "(1 of them failed)" in page
+    assert "| failed |" in line(page, "| conventional practice |")
+
+
+# page and README
+
+
+def test_nothing_has_run():
+    found = compared(only=lambda entry: False)
+    said = "Not run yet: `stackcomp study pipelines/dsformer/table.py` makes the rows."
+    assert dsformer.headline(found) == said
+    assert said in dsformer.page(found, "")
+    assert "##" not in dsformer.page(found, "")
+
+
+def test_a_complete_study():
+    found = compared()
+    page, block = dsformer.page(found, "PICTURE"), dsformer.headline(found)
+    assert f"All {len(STUDY.entries)} entries are done (`stackcomp study" in page
+    assert f"All {len(STUDY.entries)} entries are done (`stackcomp study" in block
+    for text in (page, block):
+        assert "not run yet" not in text
+        assert "Partial" not in text
+        assert "**better**, beyond the noise" in line(
+            text.replace("- DSF", "DSF"), "DSFormer (STF) minus conv"
+        )
+    assert "PICTURE" in page
+    tables = page.split("### Encoder at ")[1:]
+    assert [text.partition("x\n")[0] for text in tables] == ["2.8", "2", "3.57"]
+    assert [text.count(" (3) |") for text in tables] == [30, 18, 18]
+    assert tables[0].index("| dense |") < tables[0].index("| DSFormer (STF) |")
+    for entry in STUDY.entries:
+        assert entry.key in page
+
+
+def test_a_partial_study_says_what_is_missing():
+    found = compared(only=lambda entry: entry.seed == 0 and entry.labels["task"] == "stsb")
+    page, block = dsformer.page(found, ""), dsformer.headline(found)
+    done = len(found.finished)
+    for text in (page, block):
+        assert f"**Partial: {done} of {len(STUDY.entries)} entries are done**" in text
+        assert "`stackcomp study pipelines/dsformer/table.py` goes on" in text
+        assert "(1 of 4 tasks, 1 pair of task and seed)" in text
+    assert "(1 of 3) | not run yet | not run yet | not run yet | -0." in line(page, "| DSFormer (STF) |")
+    assert "| - | -0." in line(block, "| DSFormer (STF) |")  # no mean of tasks that did not all run
+    assert "1 of 12 |" in line(block, "| DSFormer (STF) |")
+    assert "MRPC: not run yet." in page
+    assert page.rstrip().endswith("sst2/conventional/2/2\nsst2/data-aware SVD/2/2</pre></details>")
+
+
+def test_what_is_worse_is_printed_as_worse_and_noise_as_noise():
+    def score(entry):
+        lost = {"STF": 1.0, "conventional": 0.5}.get(entry.labels["method"], 0.0)
+        return 80.0 + random.Random(entry.key).uniform(-0.05, 0.05) - lost
+
+    text = dsformer.headline(compared(score))
+    assert "-0.98 ±" in line(text, "DSFormer (STF) minus dense")
+    assert "-0.50 ±" in line(text, "DSFormer (STF) minus conventional practice at 2.8x")
+    assert text.count("**worse**, beyond the noise") == 3
+    noise = dsformer.headline(compared(lambda entry: random.Random(entry.key).uniform(70, 90)))
+    assert noise.count("within the noise") == 3
+    assert "**" not in noise
+
+
+def low_rank_in_words(losses, slope=1.0):
+    """The lines on low rank, where a method loses `losses` and `slope` points more for each doubling."""
+    from math import log2
+
+    def score(entry):
+        method, ratio = entry.labels["method"], entry.labels["ratio"]
+        return 90.0 - losses.get(method, 0.0) - slope * log2(ratio) + 1e-3 * entry.seed
+
+    return "\n".join(dsformer._against_low_rank(compared(score)))
+
+
+def test_the_ratio_to_low_rank_and_the_low_rank_that_has_no_curve():
+    better = low_rank_in_words({"data-aware SVD": 0.5, "SVD": 0.6, "FWSVD": 0.2}, slope=1.0)
+    assert "STS-B: 1.41 (at a score of " in better
+    assert "**1.41** (1.41 to 1.41, t-interval over 4 tasks): more compression than low rank" in better
+    assert "FWSVD, which was run at 2.8x only, scored +0.30" in better
+    assert "\nSVD, which" not in better
+    worse = low_rank_in_words({"STF": 0.5})
+    assert "**0.71** (0.71 to 0.71, t-interval over 4 tasks): **less** compression than low rank" in worse
+    assert "Geometric mean" not in low_rank_in_words({"data-aware SVD": 5.0})
+
+
+def test_geometric_mean():
+    assert comparison.geometric_mean([2.0]) == (pytest.approx(2.0), 0.0, float("inf"))
+    mean, low, high = comparison.geometric_mean([1.0, 4.0])
+    assert mean == pytest.approx(2.0)
+    assert low < 1 < 4 < high
+
+
+# picture
+
+
+def test_the_picture_shows_what_there_is():
+    some = compared(only=lambda entry: entry.labels["task"] == "stsb")
+    for found in (compared(), some, compared(only=lambda entry: entry.labels["method"] == "dense")):
+        assert "</svg>" in pictures.dsformer(found, dsformer.TASKS)
+
+
+def test_labels_keep_their_room_and_stay_where_they_can():
+    assert pictures._apart([1.0, 5.0], [1.0, 1.0]) == [1.0, 5.0]
+    found = pictures._apart([1.0, 1.0, 1.2], [1.0, 1.0, 2.0])
+    assert found[1] - found[0] == pytest.approx(1.0, abs=1e-3)
+    assert found[2] - found[1] == pytest.approx(1.5, abs=1e-3)
+    assert sum(found) == pytest.approx(3.2)
+
+
+def test_every_method_of_the_study_is_drawn():
+    assert set(pictures._METHODS) == {entry.labels["method"] for entry in STUDY.entries} - {"dense"}
+    assert set(dsformer.TASKS) == set(compared().tasks)
+
+
+# SQuAD
+
+
+@pytest.fixture
+def squad(tmp_path, monkeypatch):
+    """The recipe for SQuAD, on a toy BERT and a few questions in its format."""
+    import datasets
+
+    (tmp_path / "squad").mkdir()
+    for split in ("train", "validation"):
+        datasets.Dataset.from_list(toys.questions(10)).to_parquet(tmp_path / "squad" / f"{split}.parquet")
+    toys.make("bert", "AutoModelForQuestionAnswering").save_pretrained(tmp_path / "model")
+    toys.tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("STACKCOMP_DATA", str(tmp_path))
+    monkeypatch.setenv("STACKCOMP_MODEL", str(tmp_path / "model"))
+    return ROOT / "pipelines" / "dsformer" / "squad.py"
+
+
+def test_the_recipe_for_squad_is_legal_and_its_data_are_read(squad, capsys):
+    assert main(["check", str(squad)]) == 0
+    assert "legal on" in capsys.readouterr().out
+    found = read_file(squad)
+    study = found["study"]
+    study.check()
+    assert (study.name, [entry.key for entry in study.entries]) == (
+        "squad",
+        ["squad/dense/0", "squad/STF/2.8/0"],
+    )
+    assert study.entries[1].parent is study.entries[0]
+    assert len(found["task"].encode(toys.tokenizer(), "test")) == 10
+
+
+def test_the_recipe_for_squad_names_bert_unless_told(squad, monkeypatch):
+    monkeypatch.delenv("STACKCOMP_MODEL")
+    assert read_file(squad)["model"] == "bert-base-uncased"
