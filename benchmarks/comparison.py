@@ -148,15 +148,13 @@ class Comparison:
         found = [self.cell(task, method, ratio) for task in self.tasks]
         return [cell for cell in found if cell.rows]
 
-    def difference(
-        self, first: tuple[str, float], second: tuple[str, float], tasks: Sequence[str] | None = None
-    ) -> Estimate | None:
+    def difference(self, first: tuple[str, float], second: tuple[str, float]) -> Estimate | None:
         """Score of one (method, ratio) minus that of another: the mean over tasks of the mean over seeds that both have.
 
         The interval is a t-interval over the pairs of task and seed, each task weighing the same; of a single pair, the
         bootstrap noise. None where there is no pair.
         """
-        found = {task: self._pairs(task, first, second) for task in tasks or self.tasks}
+        found = {task: self._pairs(task, first, second) for task in self.tasks}
         found = {task: pairs for task, pairs in found.items() if pairs}
         if not found:
             return None
