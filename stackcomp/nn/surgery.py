@@ -188,9 +188,7 @@ def _rounded(
             matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
         )
 
-    return {
-        part: rounded(matrix) for part, matrix in _matrices(handle).items() if not matrix.spec.integers
-    }
+    return {part: rounded(matrix) for part, matrix in _matrices(handle).items() if not matrix.spec.integers}
 
 
 def _matrices(handle: WeightHandle) -> dict[str, StoredMatrix]:
