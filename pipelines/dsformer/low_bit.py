@@ -39,7 +39,7 @@ class Width:
         return self.value_bits / budget_bits
 
 
-WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.3))
+WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.5))
 
 
 def learned(budget: Budget, bits: int, group: int | None = None, **settings: object) -> sc.Pass:
