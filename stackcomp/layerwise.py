@@ -36,18 +36,18 @@ class Layer:
     """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of
     the gradients flowing back.
 
-    size_bytes: of the dense weight; value_bytes: of one value.
+    size_bytes: of the dense weight; value_bytes: of one value, as it is priced.
     """
 
     weight: "torch.Tensor"
     inputs: "Whitener | None"
     outputs: "Whitener | None"
-    value_bytes: int
+    value_bytes: float
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the dense weight."""
-        return self.weight.numel() * self.value_bytes
+        return int(self.weight.numel() * self.value_bytes)
 
     @property
     def scale(self) -> float:
@@ -68,7 +68,9 @@ class FactorizingPass(Pass):
     but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
     added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
     of at least 1: 1 gives every layer the same ratio (nothing is shared out), None sets no limit: the
-    predicted error is local, and a layer it calls cheap may not be.
+    predicted error is local, and a layer it calls cheap may not be; value_bits: bits that a value will take in
+    the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32): the ratio then
+    counts these bytes, of the dense weight too, so that indices have their true share; None: bits as they are.
     """
 
     ratio: float = 2.0
@@ -77,6 +79,7 @@ class FactorizingPass(Pass):
     samples: int = 2048
     damping: float = 1e-3
     spread: float | None = 1.3
+    value_bits: float | None = None
 
     idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
 
@@ -87,6 +90,8 @@ class FactorizingPass(Pass):
         whole("samples", self.samples, 1)
         if self.spread is not None:
             within("spread", self.spread, 1.0)
+        if self.value_bits is not None:
+            within("value_bits", self.value_bits, 1.0, 32.0)
 
     @abstractmethod
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
@@ -228,7 +233,7 @@ class FactorizingPass(Pass):
                 weight=weight.float(),
                 inputs=inputs,
                 outputs=outputs,
-                value_bytes=handle.spec.matrices["weight"].bits // 8,
+                value_bytes=(self.value_bits or handle.spec.matrices["weight"].bits) / 8,
             )
         return layers, means
 

@@ -18,6 +18,7 @@ from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, to_int8, to_low_bit
 from stackcomp.nn.quantizer import attach
+from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
 
 if TYPE_CHECKING:
@@ -112,23 +113,33 @@ def quantize(
     values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is said. Raises
     SettingError for other bits, and for a group or inputs that do not go with them.
     """
-    one_of("bits", bits, (8, *LOW_BITS))
-    if bits == 8 and group is not None:
-        raise SettingError(f"group={group} does not go with bits=8: leave it out, or give bits=4, 3 or 2")
     handle = weights(model)[id_]
-    axis = 1 if handle.spec.factored and handle.spec.transposed else 0
+    rounded = _rounded(handle, bits, group, scale_coding, dynamic)
+    _put(model, handle, _matrices(handle) | rounded, transposed=handle.spec.transposed)
 
-    def rounded(matrix: StoredMatrix) -> StoredMatrix:
-        if matrix.spec.integers:
-            return matrix
-        if bits == 8:
-            return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
-        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
-        return to_low_bit(
-            matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
-        )
 
-    matrices = {part: rounded(matrix) for part, matrix in _matrices(handle).items()}
+def round_in_training(
+    model: "PreTrainedModel", id_: str, *, bits: int = 8, group: int | None = None
+) -> list[RoundedMatrix]:
+    """Let every floating-point matrix of a weight compute as `quantize` with the same settings would store it, and take gradients
+    straight through; returns these matrices. `settle` then stores them as they compute."""
+    handle = weights(model)[id_]
+    before = _matrices(handle)
+    learning = {
+        part: RoundedMatrix(before[part], stored)
+        for part, stored in _rounded(handle, bits, group, None, dynamic=False).items()
+    }
+    _put(model, handle, before | learning, transposed=handle.spec.transposed)
+    return list(learning.values())
+
+
+def settle(model: "PreTrainedModel", id_: str) -> None:
+    """Store a weight that is rounded in training: as integers, with the scales it computes with."""
+    handle = weights(model)[id_]
+    matrices = {
+        part: matrix.stored() if isinstance(matrix, RoundedMatrix) else matrix
+        for part, matrix in _matrices(handle).items()
+    }
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
@@ -158,6 +169,26 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(left)
+
+
+def _rounded(
+    handle: WeightHandle, bits: int, group: int | None, scale_coding: Coding | None, dynamic: bool
+) -> dict[str, StoredMatrix]:
+    """The floating-point matrices of a weight as integers."""
+    one_of("bits", bits, (8, *LOW_BITS))
+    if bits == 8 and group is not None:
+        raise SettingError(f"group={group} does not go with bits=8: leave it out, or give bits=4, 3 or 2")
+    axis = 1 if handle.spec.factored and handle.spec.transposed else 0
+
+    def rounded(matrix: StoredMatrix) -> StoredMatrix:
+        if bits == 8:
+            return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
+        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
+        return to_low_bit(
+            matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
+        )
+
+    return {part: rounded(matrix) for part, matrix in _matrices(handle).items() if not matrix.spec.integers}
 
 
 def _matrices(handle: WeightHandle) -> dict[str, StoredMatrix]:

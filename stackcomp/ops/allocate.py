@@ -9,6 +9,7 @@ Letters: a factorized matrix has n rows and m columns; k blocks, b atoms and s n
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,21 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -
     return {flat[index][0]: flat[index][1] for index in taken}
 
 
-def low_rank_bytes(rows: int, columns: int, rank: int, *, value_bytes: int = 4) -> int:
+def low_rank_bytes(rows: int, columns: int, rank: int, *, value_bytes: float = 4) -> int:
     """Bytes of two dense factors."""
-    return value_bytes * rank * (rows + columns)
+    return ceil(value_bytes * rank * (rows + columns))
 
 
 def dense_sparse_bytes(
-    rows: int, columns: int, *, atoms: int, nonzeros: int, blocks: int = 1, value_bytes: int = 4
+    rows: int, columns: int, *, atoms: int, nonzeros: int, blocks: int = 1, value_bytes: float = 4
 ) -> int:
     """Bytes of the basis, the values and the packed support of a dense-sparse factorization."""
     support = Fixed(block=atoms, nonzeros=nonzeros).support_bytes(rows, blocks * atoms)
-    return value_bytes * (atoms * columns + rows * blocks * nonzeros) + support
+    return ceil(value_bytes * (atoms * columns + rows * blocks * nonzeros)) + support
 
 
 def most_nonzeros(
-    rows: int, columns: int, *, atoms: int, size_bytes: float, blocks: int = 1, value_bytes: int = 4
+    rows: int, columns: int, *, atoms: int, size_bytes: float, blocks: int = 1, value_bytes: float = 4
 ) -> int:
     """The largest s whose factorization fits in `size_bytes`, 0 where not even s = 1 does."""
     low, high = (
@@ -105,7 +106,7 @@ def shapes_of_size(
     size_bytes: float,
     shares: Sequence[float],
     blocks: int = 1,
-    value_bytes: int = 4,
+    value_bytes: float = 4,
 ) -> Iterator[tuple[int, int]]:
     """(atoms, nonzeros) pairs of about `size_bytes`, one for each share of the columns of a block taken as atoms."""
     for share in shares:

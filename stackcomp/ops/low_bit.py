@@ -62,8 +62,26 @@ def dequantize_groups(
     codes: UInt8[Tensor, "lines length"], scales: Float[Tensor, "lines groups"], bits: int, group: int
 ) -> Float[Tensor, "lines length"]:
     """The values that codes and scales stand for, in the dtype of the scales; the gradient reaches the scales."""
-    spread = scales.unsqueeze(-1).expand(-1, -1, group).flatten(1)
-    return levels(codes, bits, scales.dtype) * spread[:, : codes.shape[1]]
+    return levels(codes, bits, scales.dtype) * per_value(scales, group, codes.shape[1])
+
+
+def per_value(
+    scales: Float[Tensor, "lines groups"], group: int, length: int
+) -> Float[Tensor, "lines length"]:
+    """The scale of every value."""
+    return scales.unsqueeze(-1).expand(-1, -1, group).flatten(1)[:, :length]
+
+
+def refit_scales(
+    values: Float[Tensor, "lines length"], places: Float[Tensor, "lines length"], group: int
+) -> Float[Tensor, "lines groups"]:
+    """The least-squares scales of values that stand at these `places` of the grid (their levels): sum(value * place) / sum(place^2)."""
+    sums = (
+        [torch.linalg.vecdot(a, b) for a, b in zip(_groups(part, group), _groups(places, group), strict=True)]
+        for part in (values, places)
+    )
+    cross, square = (torch.cat(parts, dim=1) for parts in sums)
+    return cross / square.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def levels(codes: UInt8[Tensor, "*n"], bits: int, dtype: torch.dtype) -> Float[Tensor, "*n"]:

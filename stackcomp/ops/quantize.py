@@ -29,10 +29,14 @@ def quantize_rows(
     value is clamped by half a step. With another `scale_dtype` than torchao's float32, rows are rounded with
     the scale as it is stored.
     """
-    largest = weight.abs().amax(dim=-1, keepdim=True)
-    scales = (largest / HALF_RANGE).clamp(min=EPSILON).to(scale_dtype)
+    scales = row_scales(weight.abs().amax(dim=-1, keepdim=True), scale_dtype)
     integers = (weight * (1.0 / scales.to(torch.float32))).round_().clamp_(-128, 127).to(torch.int8)
     return integers, scales.squeeze(-1)
+
+
+def row_scales(largest: Float[Tensor, "*rows"], dtype: torch.dtype) -> Float[Tensor, "*rows"]:
+    """The scales of rows whose largest magnitudes are given."""
+    return (largest / HALF_RANGE).clamp(min=EPSILON).to(dtype)
 
 
 def int8_linear(

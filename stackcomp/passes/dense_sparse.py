@@ -47,8 +47,8 @@ class DenseSparse(FactorizingPass):
     under one ratio, with low rank (every coefficient kept, no index to store) among the choices, so that
     dense-sparse never loses to it.
 
-    ratio, data_aware, sensitivity, samples, damping, spread: as in every factorization. atoms, nonzeros: b and s of
-    every selected weight, in place of a budget (ratio is then not used); give both, with blocks. blocks: blocks of
+    ratio, data_aware, sensitivity, samples, damping, spread, value_bits: as in every factorization. atoms, nonzeros:
+    b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. blocks: blocks of
     columns, each with a basis of its own; it must divide every selected weight; None takes 4 for square
     weights and 1 for tall ones. orientation: which side the sparse rows run along: "rows" those of W,
     "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
@@ -137,24 +137,29 @@ class DenseSparse(FactorizingPass):
             rank = int(size / layer.value_bytes / (form.rows + form.columns))
             candidates.append(
                 ops.Candidate(
-                    size_bytes=layer.value_bytes * rank * (form.rows + form.columns),
+                    size_bytes=ops.low_rank_bytes(
+                        form.rows, form.columns, rank, value_bytes=layer.value_bytes
+                    ),
                     error=float(errors[rank]),
                     choice={"rank": rank},
                 )
             )
-            gain = _interpolated(TALL_GAIN if form.tall else SQUARE_GAIN, ratio)
             shape = {"blocks": form.blocks, "value_bytes": layer.value_bytes}
             share = SHARES[form.tall][ratio >= HIGH_RATIO]
             for atoms, nonzeros in ops.shapes_of_size(
                 form.rows, form.columns, size_bytes=size, shares=(share,), **shape
             ):
+                choice = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
+                # an error is that of a shape, and gains were measured where values have their own bits
+                alike = ratio if self.value_bits is None else form.ratio(**choice)
+                gain = _interpolated(TALL_GAIN if form.tall else SQUARE_GAIN, alike)
                 if 1 < nonzeros < atoms and gain < 1:
                     stored = ops.dense_sparse_bytes(
                         form.rows, form.columns, atoms=atoms, nonzeros=nonzeros, **shape
                     )
-                    choice = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
+                    reached = rank if self.value_bits is None else form.rank(alike)
                     candidates.append(
-                        ops.Candidate(size_bytes=stored, error=gain * float(errors[rank]), choice=choice)
+                        ops.Candidate(size_bytes=stored, error=gain * float(errors[reached]), choice=choice)
                     )
         return [candidate for candidate in candidates if candidate.choice.get("rank") != 0]
 
@@ -191,6 +196,14 @@ class _Form:
     turned: bool
     tall: bool
     blocks: int
+
+    def ratio(self, **shape: int) -> float:
+        """Dense bytes over those of dense-sparse factors of this shape, in float32."""
+        return 4 * self.rows * self.columns / ops.dense_sparse_bytes(self.rows, self.columns, **shape)
+
+    def rank(self, ratio: float) -> int:
+        """The rank at which low rank has this ratio."""
+        return int(self.rows * self.columns / ratio / (self.rows + self.columns))
 
 
 def _interpolated(gains: tuple[tuple[float, float], ...], ratio: float) -> float:

@@ -23,7 +23,8 @@ class LowRank(FactorizingPass):
     """Replace each selected weight W (n x m) by a product of an n x r and an r x m matrix, r chosen per layer
     under one ratio.
 
-    The settings are those of every factorization: ratio, data_aware, sensitivity, samples, damping, spread.
+    The settings are those of every factorization: ratio, data_aware, sensitivity, samples, damping, spread,
+    value_bits.
     With data_aware the factors are the best of their rank for the layer's outputs, as in DRONE and SVD-LLM.
     Where we differ: ranks are shared out over layers by the predicted error of the model's output, and a
     layer's bias takes up the mean of its error.
@@ -71,7 +72,7 @@ def _priced(layer: Layer, count: int | None) -> "list[Candidate]":
     )
     return [
         ops.Candidate(
-            size_bytes=layer.value_bytes * rank * (rows + cols),
+            size_bytes=ops.low_rank_bytes(rows, cols, rank, value_bytes=layer.value_bytes),
             error=float(errors[rank]),
             choice={"rank": rank},
         )

@@ -128,6 +128,24 @@ def test_other_dtypes_come_back_as_they_were_and_carry_no_gradient():
     assert torch.isfinite(rounded).all()
 
 
+@bits_of
+@pytest.mark.parametrize("length", [16, 19])
+def test_refitted_scales_are_the_least_squares_ones(bits, length):
+    values, codes = randn(3, length), torch.randint(0, 2**bits, (3, length), dtype=torch.uint8)
+    scales = low_bit.refit_scales(values, low_bit.levels(codes, bits, torch.float32), 8)
+    assert scales.shape == (3, -(-length // 8))
+
+    def left(scales):
+        return (values - dequantize_groups(codes, scales, bits, 8)).square().sum()
+
+    for part in scales.view(-1):
+        for change in (1e-2, -1e-2):
+            least = left(scales)
+            part += change
+            assert left(scales) > least
+            part -= change
+
+
 def test_scales_as_they_are_stored_keep_their_gradient():
     scales = torch.tensor([1.0001, 1e6, -3e-9], requires_grad=True)
     stored = low_bit.stored_scales(scales, torch.float16)

@@ -32,6 +32,22 @@ def test_the_ratio_is_kept_with_indices_counted(cls, ratio, data_aware, model, t
 
 
 @pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("ratio", [1.2, 2.0])
+def test_the_ratio_can_count_values_as_a_later_pass_rounds_them(cls, ratio, tokenizer, tmp_path):
+    """With a scale for every value, 4 bits are 20, whatever the shape."""
+    model = toys.make("bert", "AutoModelForSequenceClassification", hidden_size=64, intermediate_size=128)
+    ids = plan_of(model).select(only=BLOCKS, skip=None)
+    entries = sum(nn.weights(model)[id_].spec.dense_count for id_ in ids)
+    apply(cls(ratio=ratio, only=BLOCKS, value_bits=20, data_aware=False), model, tokenizer, tmp_path)
+    apply(sc.LowBitWeights(bits=4, group=1, only=BLOCKS), model, tokenizer, tmp_path)
+    assert 0.9 * 20 * entries / ratio <= 8 * bytes_of(model, ids) <= 20 * entries / ratio
+    sparse = [id_ for id_ in ids if nn.weights(model)[id_].spec.matrices.get("coefficients")]
+    assert sparse
+    with pytest.raises(SettingError, match=r"value_bits=0"):
+        cls(value_bits=0)
+
+
+@pytest.mark.parametrize("cls", BOTH)
 def test_a_ratio_out_of_reach_says_the_largest_before_any_weight_is_read(cls, model):
     with pytest.raises(UnreachableRatio, match=r"ratio=50 cannot be reached.*the largest is \d") as caught:
         sc.check(cls(ratio=50.0, only=BLOCKS), model)

@@ -1,0 +1,91 @@
+"""Dense-sparse against plain rounding in few bits: MiniLM-L6 at 3, 2.5, 2, 1.5 and 1.25 bits for each weight of the encoder, all bytes
+counted: values, scales and indices.
+
+    stackcomp study pipelines/dsformer/low_bit.py --list
+
+Methods, all with the same number of recovery steps, batches, teacher and losses, and with rounding in the loop of every step:
+
+- "rounded": LowBitWeights, without recovery; "rounded, trained": QuantizationAware at the same bits;
+- "dense-sparse" and "low rank", with factors of 4 or of 8 bits;
+- "pruned": the largest values, of 4 bits, beside a bitmap; "STF": supports learned in half of the steps, 4 bits in the other half.
+
+Two bits and a scale a row are the least that plain rounding can take: below 2 it has no point (a ternary code would, 1.6 bits; we store
+none). What an entry really came to stands in its row: `layer_compression` of its last step, from 32 bits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recipes import BLOCKS, BUDGETS, FROZEN, Budget, factorized, tuned
+
+import stackcomp as sc
+
+TASKS = ("stsb", "reviews")
+SEED = 0
+BUDGET_BITS = (3.0, 2.5, 2.0, 1.5, 1.25)  # a weight of the encoder
+GROUPS = {3.0: 16, 2.5: 32, 2.0: 384}  # of 2-bit values under one 16-bit scale; 384 is a row, 2.04 bits
+PRUNED_BITS = 4 + 16 / 32  # of a kept value, in groups of 32 without an end; the bitmap has 1 bit a weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """How factors are rounded, and what a value then takes: a scale for 32 values, or one row, whose last group is shorter."""
+
+    bits: int
+    value_bits: float
+
+    def ratio(self, budget_bits: float) -> float:
+        """Of rounded dense bytes to stored bytes: what a factorization that is priced at `value_bits` is asked for."""
+        return self.value_bits / budget_bits
+
+
+WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.5))
+
+
+def learned(budget: Budget, bits: int, group: int | None = None, **settings: object) -> sc.Pass:
+    """The recovery with rounding in its loop."""
+    return sc.QuantizationAware(
+        bits=bits, group=group, **(budget.learning | settings), only=BLOCKS, frozen=FROZEN
+    )
+
+
+def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
+    """Every method that can take so many bits a weight."""
+    if bits in GROUPS:
+        yield (
+            "rounded",
+            sc.Pipeline(sc.LowBitWeights(bits=2, group=GROUPS[bits], only=BLOCKS)),
+        )
+        yield "rounded, trained", sc.Pipeline(learned(budget, 2, GROUPS[bits]))
+    for width in WIDTHS:
+        start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
+        recovery = learned(budget, width.bits)
+        yield f"dense-sparse, int{width.bits}", sc.Pipeline(factorized(**start), recovery)
+        low_rank = sc.LowRank(**start, only=BLOCKS, sensitivity=False, samples=1024)
+        yield f"low rank, int{width.bits}", sc.Pipeline(low_rank, recovery)
+    start = {"ratio": WIDTHS[0].ratio(bits), "value_bits": WIDTHS[0].value_bits}
+    half = {"steps": budget.steps // 2}
+    stf = sc.STF(**(budget.learning | half), learned=1.0, only=BLOCKS, frozen=FROZEN)
+    yield "STF, int4", sc.Pipeline(factorized(**start), stf, learned(budget, 4, **half))
+    pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)
+    yield "pruned, int4", sc.Pipeline(pruned, learned(budget, 4))
+
+
+def entries() -> Iterator[sc.Entry]:
+    """The rows, task by task, the dense model first."""
+    for name in TASKS:
+        dense, budget = tuned(name, SEED), BUDGETS[name]
+        yield dense
+        for bits in BUDGET_BITS:
+            for method, pipeline in methods(budget, bits):
+                yield sc.Entry(
+                    key=f"{name}/{method}/{bits:g} bits/{SEED}",
+                    model=dense,
+                    task=dense.task,
+                    seed=SEED,
+                    pipeline=pipeline,
+                    labels={"task": name, "method": method, "bits": bits},
+                )
+
+
+study = sc.Study(name="low_bit", entries=tuple(entries()))

@@ -1,0 +1,262 @@
+"""`QuantizationAware`: what runs in training is what is stored, for every stored form; gradients pass straight through."""
+
+import pytest
+import torch
+
+import stackcomp as sc
+from stackcomp import checkpoint, nn, training
+from stackcomp.core.context import Context
+from stackcomp.core.contract import legal
+from stackcomp.core.errors import PipelineRefused, SettingError
+from stackcomp.manager import plan_of
+from tests import toys
+from tests.passes.test_conformance import apply, manager
+
+BLOCKS = "encoder.layer.*"
+WORDS = "embeddings.word_embeddings"
+WIDTHS = [(8, None), (4, 8), (3, 7), (2, 8)]
+FIRST = [
+    None,
+    sc.DenseSparse(ratio=1.3, only=BLOCKS),
+    sc.DenseSparse(ratio=1.3, only=BLOCKS, orientation="columns"),
+    sc.LowRank(ratio=1.3, only=BLOCKS),
+    sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
+    sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
+]
+QUICK = {"steps": 6, "epochs": 9, "batch_size": 4, "only": BLOCKS, "every": 2, "learning_rate": 1e-2}
+LAYER = "encoder.layer.0.output.dense"
+
+
+def begun(first, tokenizer, tmp_path):
+    """The toy, compressed by `first`, and the weights that are to be rounded."""
+    model = toys.bert_classifier()
+    if first is not None:
+        apply(first, model, tokenizer, tmp_path)
+    return model, plan_of(model).select(only=(BLOCKS, WORDS), skip=None)
+
+
+def plain_rounding(bits, group, only):
+    return (
+        sc.Int8Weights(only=only) if bits == 8 else sc.LowBitWeights(bits=bits, group=group or 32, only=only)
+    )
+
+
+def drift(matrices):
+    """Move all values as training would."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for matrix in matrices:
+            moved = torch.randn(matrix.values.shape, generator=chance).to(matrix.values.dtype)
+            matrix.values += 0.3 * matrix.values.std() * moved
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@pytest.mark.parametrize("first", FIRST, ids=str)
+def test_what_runs_in_training_is_what_is_stored(first, bits, group, tokenizer, tmp_path):
+    model, ids = begun(first, tokenizer, tmp_path)
+    batch = toys.batch(tokenizer)
+    with torch.no_grad(), training.rounded(model, ids, bits=bits, group=group) as matrices:
+        drift(matrices)
+        stale = model(**batch).logits
+        for matrix in matrices:
+            matrix.refit()
+        drift(matrices)
+        trained = {id_: nn.weights(model)[id_].dense().clone() for id_ in ids}
+        logits = model(**batch).logits
+    assert (stale - logits).abs().max() > 1e-3
+    model.eval()
+    torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-6)
+    for id_, weight in trained.items():
+        torch.testing.assert_close(nn.weights(model)[id_].dense(), weight, rtol=1e-6, atol=1e-7)
+    checkpoint.save(model, tmp_path / "saved")
+    reloaded = checkpoint.load(tmp_path / "saved")
+    assert torch.equal(reloaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@pytest.mark.parametrize("first", FIRST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untrained_it_is_plain_rounding(first, bits, group, dtype, tokenizer, tmp_path):
+    model, ids = begun(first, tokenizer, tmp_path)
+    other, _ = begun(first, tokenizer, tmp_path)
+    model, other = model.to(dtype), other.to(dtype)
+    with training.rounded(model, ids, bits=bits, group=group):
+        pass
+    apply(plain_rounding(bits, group, (BLOCKS, WORDS)), other, tokenizer, tmp_path)
+    assert nn.weights_digest(model) == nn.weights_digest(other)
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@pytest.mark.parametrize("make", [toys.bert_classifier, toys.gpt2_lm])
+def test_the_gradient_passes_straight_through(make, bits, group, tokenizer):
+    model, batch = make(), toys.batch(tokenizer)
+    id_ = LAYER if make is toys.bert_classifier else "h.1.mlp.c_fc"
+    with training.rounded(model, [id_], bits=bits, group=group) as (matrix,):
+        model(**batch).logits.square().sum().backward()
+        found, rounded = matrix.values.grad, matrix.dense().detach()
+    plain = make()
+    handle = nn.weights(plain)[id_]
+    assert (rounded - handle.dense()).abs().max() > 1e-3
+    with torch.no_grad():
+        handle.parameter.copy_(handle.oriented(rounded))
+    plain(**batch).logits.square().sum().backward()
+    torch.testing.assert_close(found, handle.oriented(handle.parameter.grad))
+
+
+@pytest.mark.parametrize(("bits", "group"), WIDTHS)
+@pytest.mark.parametrize("first", FIRST, ids=str)
+def test_scales_follow_values_that_move(first, bits, group, tokenizer, tmp_path):
+    model, ids = begun(first, tokenizer, tmp_path)
+
+    def error():
+        return float((matrix.values.flatten() - matrix._flat()).square().sum().detach())
+
+    with training.rounded(model, ids, bits=bits, group=group) as matrices:
+        with torch.no_grad():
+            for matrix in matrices:
+                matrix.values *= 1.5
+        for matrix in matrices:
+            before = error()
+            matrix.refit()
+            assert error() < before
+            if bits == 8:  # as if it had been rounded now
+                steps = matrix.steps.clone()
+                again = nn.matrix.to_int8(
+                    nn.matrix.store(
+                        matrix.values.new_zeros(matrix.shape).masked_scatter(matrix.mask(), matrix.values),
+                        matrix.spec.layout,
+                        matrix.mask(),
+                    ),
+                    axis=matrix._grid.scale_axis,
+                    dynamic=False,
+                )
+                assert torch.equal(again.scales, steps)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (3, 7)])
+@pytest.mark.parametrize("first", [FIRST[0], FIRST[2], FIRST[4]], ids=str)
+def test_it_trains_and_leaves_the_bytes_of_plain_rounding(first, bits, group, tokenizer, tmp_path):
+    sizes = {}
+    for step in (sc.QuantizationAware(bits=bits, group=group, **QUICK), plain_rounding(bits, group, BLOCKS)):
+        model, _ = begun(first, tokenizer, tmp_path)
+        before = {id_: handle.spec for id_, handle in nn.weights(model).items()}
+        start = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
+        apply_to(model, step, tokenizer, tmp_path / step.slug)
+        checkpoint.save(model, tmp_path / f"saved-{step.slug}")
+        sizes[step.slug] = checkpoint.components(tmp_path / f"saved-{step.slug}")
+        for id_, handle in nn.weights(model).items():
+            if id_.startswith("encoder"):
+                assert all(f"int{bits}" in words for words in handle.spec.parts().values())
+                for part, matrix in handle.spec.matrices.items():
+                    assert matrix.layout == before[id_].matrices[part].layout
+            elif isinstance(step, sc.QuantizationAware) and id_ == "classifier":
+                assert not torch.equal(handle.dense(), start[id_])
+    assert sizes["quantization-aware"] == sizes[plain_rounding(bits, group, BLOCKS).slug]
+
+
+def apply_to(model, step, tokenizer, scratch, progress=None):
+    task = toys.classification_task()
+    scratch.mkdir(exist_ok=True)
+    context = Context(
+        targets=plan_of(model).select(only=step.only, skip=None),
+        seed=0,
+        scratch=scratch,
+        task=task,
+        tokenizer=tokenizer,
+        teacher=toys.bert_classifier,
+        **({"progress": progress} if progress else {}),
+    )
+    return step.apply(model, context)
+
+
+def test_training_makes_up_for_rounding(tokenizer, tmp_path):
+    """Its model is nearer to the one that came than the rounded one that was trained no further."""
+    batch, wanted = toys.batch(tokenizer), toys.bert_classifier()
+    found = {}
+    for step in (
+        sc.QuantizationAware(bits=2, group=8, **(QUICK | {"steps": 80, "epochs": 20, "batch_size": 8})),
+        plain_rounding(2, 8, BLOCKS),
+    ):
+        model = toys.bert_classifier()
+        apply_to(model, step, tokenizer, tmp_path / step.slug)
+        with torch.no_grad():
+            found[step.slug] = float((model(**batch).logits - wanted(**batch).logits).square().mean())
+    assert found["quantization-aware"] < 0.3 * found["low-bit-weights"]
+
+
+class Killed(Exception):
+    """Stands for a kill inside the process."""
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("stop", [4, 7, 11])
+def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_path):
+    step = sc.QuantizationAware(bits=bits, **(QUICK | {"steps": 12}), save_every=3)
+
+    def run(scratch, progress):
+        model = toys.bert_classifier()
+        apply(sc.DenseSparse(ratio=1.3, only=BLOCKS), model, tokenizer, tmp_path)
+        return apply_to(model, step, tokenizer, scratch, progress), nn.weights_digest(model)
+
+    def whole(items, /, label, total=None):
+        return items
+
+    def killing(items, /, label, total=None):
+        for number, item in enumerate(items):
+            if label == "training" and number == stop:
+                raise Killed
+            yield item
+
+    _, wanted = run(tmp_path / "whole", whole)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", killing)
+    report, found = run(tmp_path / "killed", whole)
+    assert report["resumed_step"] == (stop - 1) // 3 * 3
+    assert found == wanted
+
+
+def test_a_failure_leaves_stored_weights(tokenizer):
+    model = toys.bert_classifier()
+    with pytest.raises(Killed), training.rounded(model, [LAYER], bits=4, group=8):
+        raise Killed
+    assert not [module for module in model.modules() if isinstance(module, nn.RoundedMatrix)]
+    assert nn.weights(model)[LAYER].spec.matrices["weight"].coding == "int4"
+
+
+def test_tied_weights_learn_as_one(tokenizer, tmp_path):
+    model = toys.gpt2_lm()
+    with training.rounded(model, ["wte"], bits=4, group=8) as (matrix,):
+        model(**toys.batch(tokenizer)).logits.sum().backward()
+        assert matrix.values.grad is not None
+    (words,) = [handle for handle in nn.weights(model).values() if "lm_head" in handle.spec.paths]
+    assert set(words.spec.paths) == {"wte", "lm_head"}
+    assert words.spec.matrices["weight"].coding == "int4"
+
+
+def test_it_runs_behind_all_that_leaves_floats(tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    step = sc.QuantizationAware(bits=4, group=8, steps=2, batch_size=4, only=BLOCKS)
+    for first in (*FIRST[1:], sc.Pipeline(sc.DenseSparse(only=BLOCKS), sc.STF(only=BLOCKS))):
+        sc.check(sc.Pipeline(first, step), model)
+    sc.check(sc.Pipeline(step, sc.Int8Weights(only="classifier")), model)
+    for after in (sc.Int8Weights(only=BLOCKS), step, sc.DenseSparse(only=BLOCKS)):
+        assert not legal((step, after), plan_of(model))
+    with pytest.raises(PipelineRefused, match="requires 'float'"):
+        sc.check(sc.Pipeline(sc.LowBitWeights(only=BLOCKS), step), model)
+    result = manager(tmp_path / "out", tokenizer).run(model, sc.Pipeline(FIRST[1], step))
+    assert result.ledger.rows[-1].layer_bytes < result.ledger.rows[0].layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bits": 5}, "bits=5"),
+        ({"group": 0}, "group=0"),
+        ({"bits": 8, "group": 32}, "group=32 does not go with bits=8"),
+        ({"every": 0}, "every=0"),
+        ({"temperature": 0.0}, "temperature="),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, said):
+    with pytest.raises(SettingError, match=said):
+        sc.QuantizationAware(**settings)
