@@ -23,7 +23,7 @@ from stackcomp.core.fingerprint import digest
 from stackcomp.studies.rows import Row, Rows
 
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-STUDIES = ("stsb", "quickstart", "reload", "kill")
+STUDIES = ("stsb", "quickstart", "reload", "kill", "factorizing", "step_cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Report:
             "quickstart": tables.quickstart(self.rows("quickstart")),
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
+            "factorizing": tables.factorizing(self.rows("factorizing")),
+            "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),
         }
         drawn = self.pictures()

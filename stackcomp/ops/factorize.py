@@ -32,7 +32,9 @@ from stackcomp.ops.whiten import Whitener
 COUPLED_ROWS = (
     32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
 )
-FREE_ROWS = 256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+FREE_ROWS = (
+    256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+)
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
