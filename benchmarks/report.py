@@ -48,6 +48,8 @@ class Report:
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
             "dsformer": dsformer.headline(self.dsformer()),
+            "factorizing": tables.factorizing(self.rows("factorizing")),
+            "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),
         }
         drawn = self.pictures()

@@ -249,3 +249,132 @@ def kill_in_words(rows: Sequence[Row]) -> str:
 
 def _yes(held: bool) -> str:
     return "yes" if held else "**no**"
+
+
+# speed
+
+
+def factorizing(rows: Sequence[Row]) -> str:
+    """scikit-learn beside ours, all weights of a model, growth with the weight, memory."""
+    if not rows:
+        return not_run("factorizing")
+    kinds = {
+        kind: [row for row in rows if row["kind"] == kind]
+        for kind in ("scikit-learn", "all weights", "growth", "memory")
+    }
+    note = (
+        "Processor seconds, all threads together. Weights of BERT-base's shapes, each put together from four of all-MiniLM-L6-v2's; "
+        "plain squared error."
+    )
+    return "\n\n".join(
+        part
+        for part in [
+            note,
+            _beside(kinds["scikit-learn"]),
+            _all_weights(kinds["all weights"]),
+            _growth(kinds["growth"]),
+            _memory(kinds["memory"]),
+            made_by("factorizing", rows),
+        ]
+        if part
+    )
+
+
+def _beside(rows: Sequence[Row]) -> str:
+    cells = []
+    for row in rows:
+        ours, theirs = row["ours"], row["theirs"]
+        cells.append(
+            [
+                row["key"].removeprefix("scikit-learn, "),
+                f"{theirs['error']:.4f}",
+                f"{theirs['processor_seconds']:.1f}",
+                f"{ours['error']:.4f}",
+                f"{ours['processor_seconds']:.2f}",
+                str(ours["sweeps"]),
+                f"{row['ratio']:.0f}x",
+            ]
+        )
+    titles = [
+        "weight, form, passes of scikit-learn",
+        "its error",
+        "its seconds",
+        "our error",
+        "our seconds",
+        "sweeps",
+        "faster",
+    ]
+    words = (
+        "MiniBatchDictionaryLearning with orthogonal matching pursuit on single blocks, its time multiplied up to all blocks; "
+        "ours on the whole matrix with as many sweeps as reach its error on the same blocks."
+    )
+    return f"{words}\n\n{table(titles, cells)}" if rows else ""
+
+
+def _all_weights(rows: Sequence[Row]) -> str:
+    cells = [
+        [
+            row["key"].removeprefix("all weights, "),
+            str(row["weights"]),
+            f"{row['parameters'] / 1e6:.0f} M",
+            f"{row['processor_seconds']:.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    return (
+        table(
+            ["all weights of an encoder", "weights", "parameters", "processor seconds", "by the clock"], cells
+        )
+        if rows
+        else ""
+    )
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    cells = [
+        [
+            f"{point['rows']}x{point['columns']}",
+            f"{point['processor_seconds']:.2f}",
+            f"{point['nanoseconds_a_weight']:.0f}",
+        ]
+        for row in rows
+        for point in row["points"]
+    ]
+    return (
+        table(["weight, blocks of equal width", "processor seconds", "nanoseconds a value"], cells)
+        if rows
+        else ""
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    cells = [
+        [row["key"].removeprefix("memory, "), f"{row['extra_bytes'] / 1e6:.1f} MB", f"{row['ratio']:.1f}x"]
+        for row in rows
+    ]
+    return (
+        table(["most memory beyond the weight itself", "bytes", "over the weight's"], cells) if rows else ""
+    )
+
+
+def step_cost(rows: Sequence[Row]) -> str:
+    """The cost of a straight-through step by interval."""
+    if not rows:
+        return not_run("step_cost")
+    row = rows[-1]
+    cells = [
+        [
+            f"**{found['every']}** (default)" if found["every"] == row["default"] else str(found["every"]),
+            f"{found['ratio']:.2f}x",
+            f"{found['least']:.2f} to {found['most']:.2f}",
+        ]
+        for found in row["ratios"]
+    ]
+    words = (
+        f"A plain fine-tuning step takes {row['plain_ms']:.0f} ms, a straight-through step {row['step_ms']:.0f} ms and a projection of "
+        f"all {row['weights']} weights {row['projection_ms']:.0f} ms of processor time (all-MiniLM-L6-v2, batch {row['batch']}, "
+        f"{row['length']} tokens), in turn in one process, {row['rounds']} times {row['steps']} steps."
+    )
+    titles = ["steps between projections", "over a plain step", "from to"]
+    return "\n\n".join([words, table(titles, cells), made_by("step_cost", rows)])

@@ -218,6 +218,10 @@ def results() -> str:
             tables.reload(REPORT.rows("reload")),
             "## Killing and resuming",
             tables.kill(REPORT.rows("kill")),
+            "## Speed of factorizing",
+            tables.factorizing(REPORT.rows("factorizing")),
+            "## Cost of a straight-through step",
+            tables.step_cost(REPORT.rows("step_cost")),
         ]
         if part
     )

@@ -8,7 +8,18 @@ import sys
 import pytest
 
 import stackcomp as sc
-from benchmarks import command, kill, pictures, quickstart, reload, reloaded, stsb, tables
+from benchmarks import (
+    command,
+    factorizing,
+    kill,
+    pictures,
+    quickstart,
+    reload,
+    reloaded,
+    step_cost,
+    stsb,
+    tables,
+)
 from stackcomp.core import headers
 from stackcomp.core.errors import OutputInUse, ResultsDamaged
 from stackcomp.core.ledger import Ledger
@@ -85,7 +96,9 @@ def test_a_stamp_says_what_was_run_on_what():
 # commands
 
 
-@pytest.mark.parametrize("name", ["stsb", "quickstart", "reload", "kill", "report"])
+@pytest.mark.parametrize(
+    "name", ["stsb", "quickstart", "reload", "kill", "factorizing", "step_cost", "report"]
+)
 def test_help(name):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"],
@@ -242,8 +255,63 @@ def test_kill_says_why_the_uninterrupted_run_failed(tmp_path, monkeypatch):
         kill.whole(tmp_path, tmp_path / "whole", 0)
 
 
+def test_factorizing_at_a_tiny_size_resumes_from_its_rows(rows, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(factorizing, "PAPER", {"blocks": 4, "atoms": 6, "nonzeros": 2})
+    monkeypatch.setattr(factorizing, "ONE_BLOCK", {"blocks": 1, "atoms": 8, "nonzeros": 3})
+    monkeypatch.setattr(factorizing, "WIDTH", 8)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"square": (16, 16), "tall": (64, 16), "wide": (16, 64)}
+    parts = {kind: [torch.randn(size, generator=generator) for _ in range(5)] for kind, size in sizes.items()}
+    factorizing.run(parts, rows, layers=1)
+    found = {row["key"]: row for row in rows.read()}
+    assert [row["kind"] for row in found.values()].count("scikit-learn") == 5
+    for row in found.values():
+        if row["kind"] == "all weights":
+            assert (row["weights"], row["parameters"]) == (6, 4 * 32 * 32 + 2 * 128 * 32)
+        if row["kind"] == "memory":
+            assert row["weight_bytes"] == 4 * 128 * 32
+    assert [point["columns"] for point in found["growth"]["points"]] == [16, 32, 64, 128]
+    text = tables.factorizing(rows.read())
+    assert "32x128" in text
+    assert "automatic at 2.8x" in text
+    capsys.readouterr()
+    factorizing.run(parts, rows, layers=1)
+    assert capsys.readouterr().out.count("there already") == len(found)
+
+
+def test_what_is_compared_is_the_same_blocks_at_no_larger_error():
+    import torch
+
+    weight = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
+    found = factorizing.beside(weight, {"blocks": 4, "atoms": 6, "nonzeros": 2}, 1, 0)
+    assert found["timed_blocks"] == factorizing.TIMED
+    assert (
+        found["ours"]["error"] <= found["theirs"]["error"]
+        or found["ours"]["sweeps"] == factorizing.MORE_SWEEPS[-1]
+    )
+
+
+def test_step_cost_on_a_toy(rows, monkeypatch, capsys):
+    monkeypatch.setattr(
+        step_cost.factorizing, "automatic", lambda *_: {"blocks": 1, "atoms": 6, "nonzeros": 2}
+    )
+    model = toys.bert_classifier()
+    for _ in range(2):
+        step_cost.run(model, rows, steps=1, rounds=2, batch=2, length=5)
+    (row,) = rows.read()
+    assert row["weights"] > 0
+    assert [found["every"] for found in row["ratios"]] == list(step_cost.EVERY)
+    ratios = [found["ratio"] for found in row["ratios"]]
+    assert ratios == sorted(ratios, reverse=True)
+    assert "(default)" in tables.step_cost(rows.read())
+    assert "there already" in capsys.readouterr().out
+
+
 def test_tables_say_so_where_nothing_has_run():
-    for make in (tables.stsb, tables.quickstart, tables.reload, tables.kill, tables.kill_in_words):
+    every = (tables.stsb, tables.quickstart, tables.reload, tables.kill, tables.kill_in_words)
+    for make in (*every, tables.factorizing, tables.step_cost):
         assert make([]).startswith("Not run yet: `python -m benchmarks.")
 
 

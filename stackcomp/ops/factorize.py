@@ -33,9 +33,9 @@ COUPLED_ROWS = (
     32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
 )
 FREE_ROWS = (
-    512  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
+    256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
 )
-DESCENT_STEPS = 8  # conjugate gradient steps of each least squares of independent rows
+DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
@@ -82,8 +82,7 @@ def dense_sparse(
     """
     rows, columns = reversed(weight.shape) if transposed else weight.shape
     if nonzeros == atoms and blocks == groups == 1 and 1 <= atoms <= columns:
-        if not torch.isfinite(weight).all():
-            raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
+        _refuse_broken(weight)
         if transposed:
             weight, inputs, outputs = weight.T.contiguous(), outputs, inputs
         left, right = low_rank(weight, rank=atoms, inputs=inputs, outputs=outputs)
@@ -143,30 +142,30 @@ class Factorizer:
             self.basis = self._first_basis()
             self._normalise_atoms()
             self._look()
+            self.code = weight.new_empty(self._problems, rows, self._gram.shape[1])
+            self.mask = torch.empty_like(self.code, dtype=torch.bool)
             inverse = _inverse(self._gram)
-            parts = [self._shrink(inverse, rows) for rows in self._parts()]
-            self.code = torch.cat([part[0] for part in parts], dim=1)
-            self.mask = torch.cat([part[1] for part in parts], dim=1)
+            for part in self._parts():
+                self.code[:, part], self.mask[:, part] = self._shrink(inverse, part)
         else:
             self.basis = start.basis
-            self.code = self._split(scatter(start.support, start.values, self._group))
-            self.mask = self._split(scatter(start.support, torch.ones_like(start.values), self._group).bool())
+            self.code = self._split(scatter(start.support, start.values, self._group)).contiguous()
+            self.mask = self._split(scatter(start.support, torch.ones_like(start.values), self._group)) > 0
             self._normalise_atoms()
             self._look()
 
     def aim(self, weight: Float[Tensor, "rows cols"]) -> None:
         """Take another weight of the same shape as the target. BadWeights: NaN or infinite values."""
-        if not torch.isfinite(weight).all():
-            raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
-        self._weight = weight.T.contiguous() if self._transposed else weight
+        _refuse_broken(weight)
+        self._weight = weight.T if self._transposed else weight
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
         if hasattr(self, "basis"):
             self._look()
 
     def sweep(self, steps: int = DESCENT_STEPS) -> None:
-        """One round: the basis, then the code, whose independent rows take `steps` conjugate gradient steps for each least squares:
-        a code that is nearly right needs few."""
+        """One round: the basis, then the code, whose independent rows take at most `steps` conjugate gradient steps for each least
+        squares: a code that is nearly right needs few."""
         self.solve_basis()
         if self._rows is not None:
             self._swap_tied()
@@ -209,8 +208,8 @@ class Factorizer:
     # layouts: p problems side by side, or one matrix
 
     def _split(self, matrix: Tensor) -> Tensor:
-        """n x (p c) as p n c."""
-        return matrix.unflatten(1, (self._problems, -1)).transpose(0, 1).contiguous()
+        """n x (p c) as p n c, the same memory."""
+        return matrix.unflatten(1, (self._problems, -1)).transpose(0, 1)
 
     def _flat(self, problems: Tensor) -> Tensor:
         """p n c as n x (p c)."""
@@ -222,7 +221,7 @@ class Factorizer:
 
     def _support(self) -> Tensor:
         grouped = self._flat(self.mask).unflatten(1, (-1, self._group))
-        return grouped.nonzero()[:, 2].view(*grouped.shape[:2], self._nonzeros)
+        return grouped.flatten().nonzero().remainder_(self._group).view(*grouped.shape[:2], self._nonzeros)
 
     @property
     def _most_swapped(self) -> int:
@@ -261,7 +260,7 @@ class Factorizer:
 
     def _first_basis(self) -> Tensor:
         """Random rows of each block of the weight."""
-        energy = self._target.square().sum((0, 2)) * self._importance
+        energy = torch.linalg.vector_norm(self._target, dim=(0, 2)).square() * self._importance
         chance = (energy.double() + energy.double().mean() * 1e-6 + 1e-30).cpu()
         parts: list[Tensor] = []
         for part in self._weight.split(self._width, dim=1):
@@ -276,7 +275,7 @@ class Factorizer:
         norms = torch.where(norms > norms.max() * 1e-6, norms, norms.new_ones(()))
         self.basis = self.basis / norms[..., None]
         if hasattr(self, "code"):
-            self.code = self.code * norms.view(self._problems, 1, -1)
+            self.code *= norms.view(self._problems, 1, -1)
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
@@ -285,8 +284,8 @@ class Factorizer:
             BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(SMALLEST)
         )
         if self._problems == self._blocks:  # Q cancels
-            split = self._split(self._weight)
-            self.basis = torch.linalg.solve(normal, self.code.mT @ self._pull(split))
+            right = self.code.mT @ self._pull(self._split(self._weight))
+            self.basis = torch.linalg.solve(normal, right)
         else:
             self._solve_blocks(normal[0], (self.code.mT @ self._pull(self._target))[0])
         self._normalise_atoms()
@@ -341,11 +340,16 @@ class Factorizer:
     def _solve_tied(self) -> None:
         """All values at once for the support and basis as they are, preconditioned by each row's own equations."""
         gram, correlations, support = self._gram[0], self._correlations()[0], self._support()
-        factor = torch.cat([factor_supports(gram, part) for part in support.split(FREE_ROWS)])
+        factors = [factor_supports(gram, part) for part in support.split(FREE_ROWS)]
         importance = self._importance[:, None, None]
+
+        def conditioned(residual: Tensor) -> Tensor:
+            parts = (residual / importance).split(FREE_ROWS)
+            return torch.cat([solve(factor, part) for factor, part in zip(factors, parts, strict=True)])
+
         x = gather(self.code[0], support)
         residual = gather(self._pull(correlations - self.code[0] @ gram), support)
-        ahead = step = solve(factor, residual / importance)
+        ahead = step = conditioned(residual)
         size = (residual * ahead).sum()
         for _ in range(CONJUGATE_STEPS):
             curved = gather(self._pull(scatter(support, step, self._group) @ gram), support)
@@ -355,7 +359,7 @@ class Factorizer:
             length = size / curvature
             x = x + length * step
             residual = residual - length * curved
-            ahead = solve(factor, residual / importance)
+            ahead = conditioned(residual)
             before, size = size, (residual * ahead).sum()
             step = ahead + (size / before) * step
         self.code = scatter(support, x, self._group)[None]
@@ -371,6 +375,11 @@ def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int, grou
         raise SettingError(
             f"nonzeros={nonzeros} and atoms={atoms} must satisfy 1 <= nonzeros <= {of} and atoms <= {rows}, the rows of the matrix"
         )
+
+
+def _refuse_broken(weight: Tensor) -> None:
+    if not all(torch.isfinite(end) for end in weight.aminmax()):  # needs no memory of the weight's size
+        raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
 
 
 def _inverse(gram: Float[Tensor, "p a a"]) -> Float[Tensor, "p a a"]:

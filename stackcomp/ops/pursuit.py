@@ -13,43 +13,59 @@ from torch import Tensor
 
 SHRINKING = (3.0, 2.0, 1.5, 1.25, 1.0)  # of s: how wide the support is in each round of the first code
 FLAT = 1e-6  # of the squared length of a step: the curvature below which float32 cannot tell it from zero
+ENOUGH = 0.01  # a descent ends with the step that gains less than this share of what all steps have gained
 
 
 def strongest(score: Float[Tensor, "p n a"], count: int, group: int) -> Bool[Tensor, "p n a"]:
     """The mask of the `count` largest scores in every `group` columns of a row."""
     grouped = score.unflatten(2, (-1, group))
-    picked = grouped.topk(count, dim=3).indices
+    picked = grouped.topk(count, dim=3, sorted=False).indices
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(3, picked, True).flatten(2)
+
+
+def unexplained(
+    gram: Float[Tensor, "p a a"], correlations: Float[Tensor, "p n a"], code: Float[Tensor, "p n a"]
+) -> Float[Tensor, "p n a"]:
+    """The correlations of what a code leaves: T A^T - x A A^T."""
+    return torch.baddbmm(correlations, code, gram, alpha=-1)
 
 
 def descend(
     gram: Float[Tensor, "p a a"],
-    correlations: Float[Tensor, "p n a"],
+    residual: Float[Tensor, "p n a"],
     code: Float[Tensor, "p n a"],
     mask: Bool[Tensor, "p n a"],
     steps: int,
 ) -> Float[Tensor, "p n a"]:
-    """`steps` conjugate gradient steps of each row's least squares on its mask, from `code`, which must be zero off the mask."""
-    residual = (correlations - code @ gram) * mask
-    step = residual
+    """At most `steps` conjugate gradient steps of each row's least squares on its mask, from `code`, which must be zero off the mask and
+    leaves `residual`."""
+    keep = mask.to(code.dtype)  # a product with booleans is several times as slow
+    code, residual = code.clone(), residual * keep
+    step, curved = residual.clone(), torch.empty_like(residual)
     size = residual.square().sum(2, keepdim=True)
+    gained = torch.zeros_like(size).sum()
     for _ in range(steps):
-        curved = (step @ gram) * mask
+        torch.bmm(step, gram, out=curved)
+        curved.mul_(keep)
         curvature = (step * curved).sum(2, keepdim=True)
         flat = curvature <= FLAT * step.square().sum(2, keepdim=True)  # rounding is all that is left
         length = torch.where(flat, 0.0, size / curvature)
-        code = code + length * step
-        residual = residual - length * curved
+        code.addcmul_(length, step)
+        gains = (length * size).sum()
+        gained += gains
+        if gains <= ENOUGH * gained:
+            break
+        residual.addcmul_(length, curved, value=-1)
         before, size = size, residual.square().sum(2, keepdim=True)
-        step = residual + (size / before.clamp_min(torch.finfo(before.dtype).tiny)) * step
+        torch.addcmul(residual, size / before.clamp_min(torch.finfo(before.dtype).tiny), step, out=step)
     return code
 
 
 def gain(
-    gram: Float[Tensor, "p a a"], correlations: Float[Tensor, "p n a"], code: Float[Tensor, "p n a"]
+    correlations: Float[Tensor, "p n a"], residual: Float[Tensor, "p n a"], code: Float[Tensor, "p n a"]
 ) -> Float[Tensor, "p n 1"]:
-    """By how much the code lowers each row's squared error: 2 <c, x> - x^T A A^T x."""
-    return ((2 * correlations - code @ gram) * code).sum(2, keepdim=True)
+    """By how much a code that leaves `residual` lowers each row's squared error: 2 <c, x> - x^T A A^T x = <c + r, x>."""
+    return ((correlations + residual) * code).sum(2, keepdim=True)
 
 
 def shrink(
@@ -73,7 +89,8 @@ def shrink(
         count = min(group, max(nonzeros, round(width * nonzeros)))
         if count < group:
             mask = strongest(code.square() / cost, count, group)
-            code = descend(gram, correlations, code * mask, mask, steps)
+            code = code * mask
+            code = descend(gram, unexplained(gram, correlations, code), code, mask, steps)
     return code, mask
 
 
@@ -90,11 +107,12 @@ def exchange(
 ) -> tuple[Float[Tensor, "p n a"], Bool[Tensor, "p n a"]]:
     """Add the `count` atoms a group that correlate most with the residual, solve, drop as many, solve; a row that would get worse
     keeps its code (a round of subspace pursuit, arXiv 0803.0811)."""
-    residual = (correlations - code @ gram).abs()
-    wide = mask | strongest(residual.masked_fill_(mask, -1.0), count, group)
-    wider = descend(gram, correlations, code, wide, steps)
-    worth = wider.abs().masked_fill_(~wide, -1.0)
-    kept = strongest(worth, nonzeros, group)
-    fresh = descend(gram, correlations, wider * kept, kept, steps)
-    better = gain(gram, correlations, fresh) > gain(gram, correlations, code)
+    residual = unexplained(gram, correlations, code)
+    wide = mask | strongest(residual.abs() * ~mask, count, group)
+    wider = descend(gram, residual, code, wide, steps)
+    kept = strongest(wider.abs(), nonzeros, group)
+    wider *= kept
+    fresh = descend(gram, unexplained(gram, correlations, wider), wider, kept, steps)
+    left = unexplained(gram, correlations, fresh)
+    better = gain(correlations, left, fresh) > gain(correlations, residual, code)
     return torch.where(better, fresh, code), torch.where(better, kept, mask)
