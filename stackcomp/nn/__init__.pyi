@@ -10,6 +10,7 @@ from .matrix import StoredMatrix as StoredMatrix
 from .surgery import factorize as factorize
 from .surgery import keep_layers as keep_layers
 from .surgery import quantize as quantize
+from .surgery import share as share
 from .surgery import sparsify as sparsify
 from .tree import WeightHandle as WeightHandle
 from .tree import absolute as absolute
