@@ -17,9 +17,15 @@ def table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int = 1) 
     return "\n".join(f"| {' | '.join(line)} |" for line in [titles, marks, *cells])
 
 
+def command(name: str) -> str:
+    """The command that makes the rows of a study."""
+    pipelines = {"stacked": "pipelines/dsformer/stacked.py"}
+    return f"stackcomp study {pipelines[name]}" if name in pipelines else f"python -m benchmarks.{name}"
+
+
 def not_run(name: str) -> str:
     """What stands where a study has no rows yet."""
-    return f"Not run yet: `python -m benchmarks.{name}` makes the rows."
+    return f"Not run yet: `{command(name)}` makes the rows."
 
 
 def made_by(name: str, rows: Sequence[Row]) -> str:
@@ -28,7 +34,7 @@ def made_by(name: str, rows: Sequence[Row]) -> str:
     machine, versions = last["machine"], last["versions"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     return (
-        f"Made by `python -m benchmarks.{name}` on {last['date']}: {machine['processor']}, {threads}, "
+        f"Made by `{command(name)}` on {last['date']}: {machine['processor']}, {threads}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}, seed {last['seed']}."
     )
 
