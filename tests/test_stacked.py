@@ -52,7 +52,10 @@ def test_extras_are_ratios_of_bytes_less_one():
 def test_the_largest_extra_that_keeps_the_score_is_named_and_partial_rows_say_so():
     text = stacked.section(ROWS)
     assert f"Partial: {len(ROWS)} of {stacked.ROWS} rows so far." in text
-    assert "- stsb, distilled student: +100% on the encoder and +50% on the file (ceiling +200%), score -1.00." in text
+    assert (
+        "- stsb, distilled student: +100% on the encoder and +50% on the file (ceiling +200%), score -1.00."
+        in text
+    )
     assert "- stsb, int8: no stack within 1 point; the nearest is at -8.00." in text
     assert "shared layers" not in text
     assert "**2x**" in text
@@ -89,7 +92,7 @@ def test_the_study_has_the_rows_that_are_counted_and_both_sides_train_as_long(st
     entries = {entry.key: entry for entry in study("stacked").entries}
     assert len(entries) == stacked.ROWS
     for key, entry in entries.items():
-        base, on_top, rest = key.partition(stacked.ON_TOP)
+        base, on_top, _ = key.partition(stacked.ON_TOP)
         if on_top:
             task, _, name = base.partition("/")
             assert name in stacked.BASES
