@@ -19,11 +19,11 @@ def table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int = 1) 
 
 def command(name: str) -> str:
     """The command that makes the rows of a study."""
-    return (
-        "stackcomp study pipelines/dsformer/table.py"
-        if name == "dsformer"
-        else f"python -m benchmarks.{name}"
-    )
+    pipelines = {
+        "dsformer": "pipelines/dsformer/table.py",
+        "stacked": "pipelines/dsformer/stacked.py",
+    }
+    return f"stackcomp study {pipelines[name]}" if name in pipelines else f"python -m benchmarks.{name}"
 
 
 def not_run(name: str) -> str:

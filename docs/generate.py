@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import dsformer, tables  # noqa: E402
+from benchmarks import dsformer, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -213,6 +213,8 @@ def results() -> str:
             tables.stsb(REPORT.rows("stsb")),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
+            "## DSFormer on top of other techniques",
+            stacked.section(REPORT.rows("stacked")),
             "## Reloading",
             "Logits in the process that made the model, before it was written, against those of a new process.",
             tables.reload(REPORT.rows("reload")),

@@ -201,7 +201,7 @@ class FactorizingPass(Pass):
         import torch
 
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
-        modules = {id_: handle.modules[0] for id_, handle in handles.items()}
+        modules = {id_: handle.modules for id_, handle in handles.items()}
         moments: dict[str, Any] = {}
         gradients: dict[str, Any] = {}
         if self.data_aware:
@@ -222,7 +222,7 @@ class FactorizingPass(Pass):
             inputs = outputs = None
             if id_ in moments:
                 moment, mean = moments[id_].average, moments[id_].mean
-                if len(handle.modules) == 1 and getattr(modules[id_], "bias", None) is not None:
+                if len(handle.modules) == 1 and getattr(handle.modules[0], "bias", None) is not None:
                     means[id_] = mean
                     moment = moment - torch.outer(mean, mean)
                 inputs = ops.whitener(moment, damping=self.damping)

@@ -55,9 +55,22 @@ def plan_of(directory: str | Path) -> Plan:
     """
     config, tensors = _read(directory)
     ours = config.get("quantization_config")
-    stored: dict[str, Any] = ours["weights"] if ours and ours.get("quant_method") == "stackcomp" else {}
+    if ours and ours.get("quant_method") != "stackcomp":
+        ours = None
+    stored: dict[str, Any] = ours["weights"] if ours else {}
     compressed = [WeightSpec.from_json(id_, data) for id_, data in stored.items()]
-    return Plan.of([*dense_weights(config, tensors, taken=compressed), *compressed])
+    shared: dict[str, str] = ours.get("shared", {}) if ours else {}
+    dense = [
+        replace(spec, paths=(*spec.paths, *_others(spec, shared)))
+        for spec in dense_weights(config, tensors, taken=compressed)
+    ]
+    return Plan.of([*dense, *compressed])
+
+
+def _others(spec: WeightSpec, shared: Mapping[str, str]) -> list[str]:
+    """Other paths at which a plain weight is used, by `shared`: second names of tensors and the first of each."""
+    names = [name for name, first in shared.items() if first == f"{spec.id}.weight"]
+    return [name.removesuffix(".weight") for name in names]
 
 
 def dense_weights(

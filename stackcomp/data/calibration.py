@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Modules = nn.Module | Sequence[nn.Module]  # one, or all that use the same weight
+
+
+def each(modules: Modules) -> tuple[nn.Module, ...]:
+    """The modules, each once."""
+    return (modules,) if isinstance(modules, nn.Module) else tuple(dict.fromkeys(modules))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SecondMoment:
     """Inputs of a layer, in short: total = X X^T (m x m), mean (m), count = tokens. `average`: total / count.
@@ -101,11 +109,12 @@ class Calibration:
             }
 
     def second_moments(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], *, progress: Progress = quiet
+        self, model: nn.Module, modules: Mapping[str, Modules], *, progress: Progress = quiet
     ) -> dict[str, SecondMoment]:
         """X X^T of the inputs of each module, by name, in float32: one run over the text for all of them.
 
-        modules: submodules of `model` called with one tensor (..., m). The model runs in eval mode without
+        modules: submodules of `model` called with one tensor (..., m); of several under one name, such as all that use
+        a shared weight, the inputs are taken together. The model runs in eval mode without
         gradients, only as far as the last module asked for, and is left as it was. Raises
         `UnsupportedModel` naming a module that never runs; warns `TooLittleCalibration` where there are
         fewer tokens than features.
@@ -188,7 +197,7 @@ class _Listening:
     they were called one after the other with the same tensor.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], listen: Callable[[str, Tensor, int], None]) -> None:
+    def __init__(self, modules: Mapping[str, Modules], listen: Callable[[str, Tensor, int], None]) -> None:
         self._modules = modules
         self._listen = listen
         self._mask = torch.ones(0, 0, dtype=torch.bool)
@@ -201,9 +210,10 @@ class _Listening:
 
     def __enter__(self) -> "_Listening":
         self._hooks = ExitStack()
-        for name, module in self._modules.items():
-            handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            self._hooks.callback(handle.remove)
+        for name, modules in self._modules.items():
+            for module in each(modules):
+                handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+                self._hooks.callback(handle.remove)
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackcomp.core.context import Progress, quiet
-from stackcomp.data.calibration import Calibration
+from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
 from stackcomp.nn import WeightHandle
 
@@ -28,39 +28,46 @@ PROBES = 1  # random draws a batch: many texts say more than many draws
 def gradient_moments(
     calibration: Calibration,
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Modules],
     *,
     seed: int,
     progress: Progress = quiet,
 ) -> dict[str, Tensor | None]:
     """G (n x n) for the outputs of each module, by name, averaged over real tokens; None where nothing downstream reads the module.
 
-    modules: submodules of `model` that return one tensor. The model is left as it was; the caller's random state too.
+    modules: submodules of `model` that return one tensor; of several under one name, such as all that use a shared weight, the
+    moments are added, as an error of the weight is made by each of them. The model is left as it was; the caller's random state too.
     """
     sums: dict[str, Tensor | None] = dict.fromkeys(modules)
     tokens = dict.fromkeys(modules, 0)
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     with _open(model, modules, outputs):
         for batch in progress(calibration.batches(device), label="sensitivity", total=len(calibration)):
             outputs.clear()
             said = model(**batch)
-            reached = {name: out for name, out in outputs.items() if out.requires_grad}
+            reached = [(name, out) for name, outs in outputs.items() for out in outs if out.requires_grad]
             for probe in range(PROBES):
                 gradients = torch.autograd.grad(
                     _probe(said, batch, generator),
-                    list(reached.values()),
+                    [out for _, out in reached],
                     retain_graph=probe < PROBES - 1,
                     allow_unused=True,
                 )
-                for name, gradient in zip(reached, gradients, strict=True):
+                counted: dict[str, int] = {}
+                for (name, _), gradient in zip(reached, gradients, strict=True):
                     if gradient is None:
                         continue
                     real = _real(gradient, batch["attention_mask"].bool()).float()
-                    moment, tokens[name] = real.T @ real, tokens[name] + len(real)
+                    moment, counted[name] = (
+                        real.T @ real,
+                        len(real),
+                    )  # of one use: those of the others are the same tokens
                     before = sums[name]
                     sums[name] = moment if before is None else before + moment
+                for name, count in counted.items():
+                    tokens[name] += count
     return {name: None if total is None else total / tokens[name] for name, total in sums.items()}
 
 
@@ -126,12 +133,14 @@ def _real(gradient: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _open(model: nn.Module, modules: Mapping[str, nn.Module], outputs: dict[str, Tensor]) -> Iterator[None]:
+def _open(
+    model: nn.Module, modules: Mapping[str, Modules], outputs: dict[str, list[Tensor]]
+) -> Iterator[None]:
     """Run with a graph from the embeddings on, keeping the outputs of `modules`; nothing accumulates in parameters."""
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name] = output
+            outputs.setdefault(name, []).append(output)
 
         return hook
 
@@ -141,8 +150,9 @@ def _open(model: nn.Module, modules: Mapping[str, nn.Module], outputs: dict[str,
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     with ExitStack() as hooks, _frozen(model):
         hooks.callback(embeddings.register_forward_hook(begin).remove)
-        for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(keep(name)).remove)
+        for name, found in modules.items():
+            for module in each(found):
+                hooks.callback(module.register_forward_hook(keep(name)).remove)
         yield
 
 

@@ -13,6 +13,7 @@ from .surgery import keep_layers as keep_layers
 from .surgery import quantize as quantize
 from .surgery import round_in_training as round_in_training
 from .surgery import settle as settle
+from .surgery import share as share
 from .surgery import sparsify as sparsify
 from .tree import WeightHandle as WeightHandle
 from .tree import absolute as absolute

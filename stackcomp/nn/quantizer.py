@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -41,8 +42,8 @@ class StackcompConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
     weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared:
-    names of tensors that are other names of another tensor, and which (layers shared by name; paths relative
-    to the base model).
+    names of tensors that are other names of another tensor, and which (layers shared by name, plain weights
+    that several layers use; paths relative to the base model).
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class StackcompQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers' word for: only already compressed checkpoints
     quantization_config: StackcompConfig
+    _omission: RemovableHandle
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", *, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -114,9 +116,13 @@ class StackcompQuantizer(HfQuantizer):
         for file in files:
             manifest.check_file(file)
         install(model, [_cast(spec, config.dtype, CODINGS[model.dtype]) for spec in config.specs()])
-        _share(model, config.shared)
+        self._omission = model.register_state_dict_post_hook(_Omit(frozenset(_pairs(model, config.shared))))
         if files:
             _check_names(model, files)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        self._omission.remove()
+        _share(model, self.quantization_config.shared)
 
     def get_state_dict_and_metadata(
         self, model: "PreTrainedModel"
@@ -218,28 +224,32 @@ def _shared(model: "PreTrainedModel") -> dict[str, str]:
 
 
 def _share(model: "PreTrainedModel", names: Mapping[str, str]) -> None:
-    """See to it that second names of tensors are not missed: `transformers` would put uninitialised memory
-    there.
+    """Put the tensors that were read under their second names, too.
 
-    Where the class itself shares a module, the second names leave its state dict; other tensors are tied
-    after they were read.
+    Not by the list of what `transformers` ties: there they would count as ties of the class itself when the model is saved
+    again, and the bias of a `Conv1D` would be cut, as if its weight were that of an output head.
     """
     tensors = model.state_dict(keep_vars=True)
-    twice = set()
-    for name, first in names.items():
-        target, source = _tensor(model, name), _tensor(model, first)
-        if target in tensors and source in tensors:
-            if tensors[target] is tensors[source]:
-                twice.add(target)
-            else:
-                model.all_tied_weights_keys[target] = source
-    if twice:
-        model.register_state_dict_post_hook(_Omit(frozenset(twice)))
+    for target, source in _pairs(model, names).items():
+        owner, _, attribute = target.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, tensors[source])
+
+
+def _pairs(model: "PreTrainedModel", names: Mapping[str, str]) -> dict[str, str]:
+    """Second names and first ones as `model` has them; without those that another class than the one saved may lack."""
+    tensors = model.state_dict()
+    named = {_tensor(model, name): _tensor(model, first) for name, first in names.items()}
+    return {
+        target: source
+        for target, source in named.items()
+        if target is not None and source is not None and {target, source} <= tensors.keys()
+    }
 
 
 @dataclass  # not frozen: torch writes a mark on its hooks
 class _Omit:
-    """A hook that leaves `names` out of a state dict."""
+    """A hook that leaves `names` out of a state dict, so that a load does not miss them: `transformers` would put
+    uninitialised memory there."""
 
     names: frozenset[str]
 

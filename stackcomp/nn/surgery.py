@@ -143,6 +143,19 @@ def settle(model: "PreTrainedModel", id_: str) -> None:
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
+def share(model: "PreTrainedModel", ids: Sequence[str], value: Float[Tensor, "rows cols"]) -> None:
+    """Make one weight, W = `value`, of the plain weights `ids`: every module that used one of them uses it from now on, and keeps
+    its own bias. What trains is as it was for the first."""
+    handles = [weights(model)[id_] for id_ in ids]
+    kept = handles[0].parameter
+    with torch.no_grad():
+        kept.copy_(handles[0].oriented(value))
+    for handle in handles:
+        for module in handle.modules:
+            module.weight = kept
+    attach(model)
+
+
 def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> None:
     """Leave of the list of layers at path `stack` only those at `kept`, in this order, numbered anew, and say so in the config.
 
@@ -169,6 +182,10 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[place] for place in kept]
     config.num_hidden_layers = len(left)
+    for handle in weights(model).values():
+        used = [module for module in handle.modules if isinstance(module, CompressedLayer)]
+        if used and not any(module.owner for module in used):  # the layer that held the matrices is gone
+            put(model, handle.spec, used[0].matrices)
 
 
 def _rounded(

@@ -88,7 +88,10 @@ class DropLayers(Pass):
         return Plan(tuple(replace(weight, id=paths[0], paths=paths) for weight, paths in weights if paths))
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
-        stack = stack_of(context.targets)
+        del (
+            context
+        )  # the ids of its targets do not tell how many layers there are: one weight may be that of several
+        stack = stack_of(path for handle in nn.weights(model).values() for path in handle.spec.paths)
         kept = self.kept(stack.count)
         nn.keep_layers(model, stack.path, kept)
         return {"kept": list(kept), "of": stack.count}

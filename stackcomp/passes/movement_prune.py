@@ -85,12 +85,6 @@ class MovementPrune(LearnedForm):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         groups_fit(self.sparsity, weights)
-        for weight in weights:
-            if len(weight.paths) > 1:
-                raise SettingError(
-                    f"MovementPrune: {weight.id} is used in several places ({', '.join(weight.paths)}), and only a weight of one "
-                    f"module can be scored: give skip={weight.id!r}"
-                )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:

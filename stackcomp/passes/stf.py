@@ -118,7 +118,8 @@ class STF(LearnedForm):
         length = context.task.max_length if context.task is not None else 128
         texts = context.calibration(self.samples)[: self.samples]
         text = data.Calibration(texts, context.tokenizer, max_length=length)
-        modules = {id_: nn.weights(model)[id_].modules[0] for id_ in ids}
+        handles = nn.weights(model)
+        modules = {id_: handles[id_].modules for id_ in ids}
         moments = text.second_moments(model, modules, progress=context.progress)
         return {id_: ops.whitener(moment.average, damping=self.damping) for id_, moment in moments.items()}
 

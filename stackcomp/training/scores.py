@@ -38,15 +38,16 @@ class ScoredMask(nn.Module):
 
 @contextmanager
 def scored(model: "PreTrainedModel", ids: Iterable[str]) -> Iterator[dict[str, ScoredMask]]:
-    """Mask the plain weights `ids`, each used by one module, as long as the context lasts; afterwards they are whole again."""
-    handles = weights(model)
-    modules = {id_: handles[id_].modules[0] for id_ in ids}
-    masks = {id_: ScoredMask(handles[id_].parameter.detach()) for id_ in modules}
+    """Mask the plain weights `ids`, in every module that uses them, as long as the context lasts; afterwards they are whole again."""
+    known = weights(model)
+    handles = {id_: known[id_] for id_ in ids}
+    masks = {id_: ScoredMask(handle.parameter.detach()) for id_, handle in handles.items()}
     done: list[nn.Module] = []
     try:
-        for id_, module in modules.items():
-            parametrize.register_parametrization(module, "weight", masks[id_])
-            done.append(module)
+        for id_, handle in handles.items():
+            for module in dict.fromkeys(handle.modules):
+                parametrize.register_parametrization(module, "weight", masks[id_])
+                done.append(module)
         yield masks
     finally:
         for module in done:

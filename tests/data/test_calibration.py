@@ -65,6 +65,17 @@ def test_layers_with_one_input_share_one_moment(tokenizer) -> None:
     assert found["pooler.dense"].count == len(TEXTS)
 
 
+def test_inputs_of_all_modules_that_use_a_weight_are_taken_together(tokenizer) -> None:
+    model = bert()
+    calibration = Calibration(TEXTS, tokenizer, batch_size=4)
+    first, second = (layer.output.dense for layer in model.encoder.layer)
+    alone = calibration.second_moments(model, {"first": first, "second": second})
+    found = calibration.second_moments(model, {"both": (first, second, first)})["both"]
+    assert found.count == alone["first"].count + alone["second"].count
+    torch.testing.assert_close(found.total, alone["first"].total + alone["second"].total)
+    torch.testing.assert_close(found.mean, (alone["first"].mean + alone["second"].mean) / 2)
+
+
 def test_one_layer_alone_gives_the_same_and_stops_early(tokenizer) -> None:
     model = bert()
     calibration = Calibration(TEXTS, tokenizer, batch_size=4)

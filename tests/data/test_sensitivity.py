@@ -22,3 +22,13 @@ def test_gradients_of_answers_have_the_moment_of_draws_from_the_prediction() -> 
     wanted = (1 - chance.pow(2).sum(-1)).sum(0) / calibration.tokens
     assert found is not None
     assert found.diagonal().tolist() == pytest.approx(wanted.tolist(), rel=0.1)
+
+
+def test_the_moments_of_all_modules_that_use_a_weight_are_added() -> None:
+    model, tokenizer = toys.bert_classifier(), toys.tokenizer()
+    calibration = Calibration(toys.SENTENCES, tokenizer, batch_size=2)
+    first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
+    alone = gradient_moments(calibration, model, {"first": first, "second": second}, seed=0)
+    (found,) = gradient_moments(calibration, model, {"both": (first, second, first)}, seed=0).values()
+    assert found is not None
+    torch.testing.assert_close(found, alone["first"] + alone["second"])

@@ -11,7 +11,7 @@ from stackcomp.core.errors import SettingError
 from stackcomp.manager import plan_of
 from stackcomp.passes.movement_prune import rising
 from tests import toys
-from tests.passes.test_conformance import apply, manager
+from tests.passes.test_conformance import apply, apply_alone, manager
 
 BLOCKS = "encoder.layer.*"
 
@@ -213,10 +213,23 @@ def test_settings_out_of_range_are_refused(settings, said):
 
 
 def test_weights_that_cannot_be_scored_are_refused_before_any_compute(model):
-    with pytest.raises(SettingError, match="wte is used in several places"):
-        sc.check(sc.MovementPrune(only="wte"), toys.gpt2_lm())
     with pytest.raises(SettingError, match="3 does not divide"):
         sc.check(sc.MovementPrune(sparsity="1:3", only=BLOCKS), model)
+
+
+def test_a_weight_of_several_modules_is_scored_once_and_stays_one(tokenizer, tmp_path):
+    model = toys.gpt2_lm()
+    batch = toys.batch(tokenizer)
+    with training.scored(model, ["wte"]) as masks:
+        assert model.transformer.wte.weight.equal(model.lm_head.weight)
+        masks["wte"].mask[:, 0] = False
+        assert not model.lm_head.weight[:, 0].any()
+        assert model(**batch).logits.isfinite().all()
+    assert nn.weights(model)["wte"].spec.paths == ("wte", "lm_head")
+    step = sc.MovementPrune(only="wte", steps=2, batch_size=4)
+    apply_alone(step, model, toys.gpt2_lm(), tokenizer, tmp_path, toys.language_task())
+    assert nn.weights(model)["wte"].spec.paths == ("wte", "lm_head")
+    assert 0 < float((nn.weights(model)["wte"].dense() == 0).float().mean()) < 1
 
 
 def test_it_trains_all_and_changes_the_facts_of_what_it_selects(model):

@@ -1,0 +1,51 @@
+"""What DSFormer still brings on top of other techniques: MiniLM-L6, made smaller otherwise first, on two tasks.
+
+    stackcomp study pipelines/dsformer/stacked.py            # stop and go on as you like
+    stackcomp study pipelines/dsformer/stacked.py --list
+
+Three bases, each alone and with DSFormer at three ratios of its own:
+
+- distilled student: half of the layers, distilled;
+- shared layers: every two layers use one set of weights (as in ALBERT), distilled;
+- int8: the layers rounded. Rounded values take no gradient, so by contract rounding comes last: DSFormer is put under it.
+
+Every technique gets the steps of one recovery (see recipes), and what stands beside a stack has as many in all: a base that is
+trained gets those of DSFormer as a second distillation. Rounding alone is not trained, as the model that it rounds is its own teacher.
+The dense models are those of table.py.
+"""
+
+from collections.abc import Iterator
+
+from recipes import BLOCKS, BUDGETS, FROZEN, Budget, entry, factorized, tuned
+
+import stackcomp as sc
+
+TASKS = ("stsb", "reviews")
+RATIOS = (2.0, 1.6, 2.8)
+SEED = 0
+
+
+def stacks(budget: Budget) -> Iterator[tuple[str, float, sc.Pipeline]]:
+    """(method, ratio of DSFormer, pipeline): every base, then every base with DSFormer."""
+    recovery, rounding = budget.recovery, sc.Int8Weights(only=BLOCKS)
+    smaller = {"distilled student": sc.DropLayers(keep=3), "shared layers": sc.ShareLayers(group=2)}
+    for base, step in smaller.items():
+        yield base, 1.0, sc.Pipeline(step, recovery, recovery)
+    yield "int8", 1.0, sc.Pipeline(rounding)
+    for ratio in RATIOS:
+        dsformer = (factorized(ratio), sc.STF(**budget.learning, only=BLOCKS, frozen=FROZEN))
+        for base, step in smaller.items():
+            yield f"{base} + DSFormer", ratio, sc.Pipeline(step, recovery, *dsformer)
+        yield "int8 + DSFormer", ratio, sc.Pipeline(*dsformer, rounding)
+
+
+def entries() -> Iterator[sc.Entry]:
+    """The rows of the table."""
+    for name in TASKS:
+        dense = tuned(name, SEED)
+        yield dense
+        for method, ratio, pipeline in stacks(BUDGETS[name]):
+            yield entry(dense, method, ratio, pipeline)
+
+
+study = sc.Study(name="stacked", entries=tuple(entries()))
