@@ -121,7 +121,7 @@ def relative(made: "Tensor", weight: "Tensor") -> float:
 
 
 def beside(weight: "Tensor", shape: Mapping[str, int], passes: int, seed: int) -> dict[str, Any]:
-    """scikit-learn on some blocks in turn with our whole matrix, at as many sweeps as reach its error on these blocks."""
+    """scikit-learn on some blocks, then our whole matrix, at as many sweeps as reach its error on these blocks."""
     width = weight.shape[1] // shape["blocks"]
     blocks = weight[:, : TIMED * width].split(width, dim=1)
     wide = sum(block.shape[1] for block in blocks)
@@ -223,7 +223,8 @@ def run(
 ) -> None:
     """Add the rows that are missing."""
     square, tall, wide = (joined(parts[kind], 0) for kind in ("square", "tall", "wide"))
-    factorized(square, PAPER, 1, seed)  # the first call of a process loads kernels
+    factorized(square, PAPER, 1, seed)  # the first call of a process loads kernels, or a library
+    learned(square[:64, :64], PAPER, 1, seed)
     studies: dict[str, Callable[[], Row]] = {}
     for weight in (square, tall):
         for passes in PASSES:
