@@ -70,12 +70,14 @@ def page(found: Comparison, picture: str) -> str:
 
 
 def headline(found: Comparison) -> str:
-    """The block of the README: one line a method at 2.8x."""
+    """The block of the README: one line a method at 2.8x that has a row."""
     if not found.finished:
         return progress(found)
     cells = []
     for method, ratio in [DENSE, *((method, RATIO) for method in found.methods(RATIO))]:
         some = found.cells(method, ratio)
+        if not some:
+            continue
         planned = [found.cell(task, method, ratio).planned for task in found.tasks]
         scores = [cell.score.value for cell in some]
         cells.append(
