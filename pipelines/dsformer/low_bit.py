@@ -16,7 +16,7 @@ none). What an entry really came to stands in its row: `layer_compression` of it
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes import BLOCKS, BUDGETS, FROZEN, Budget, factorized, tuned
+from recipes import BLOCKS, BUDGETS, FROZEN, Budget, factorized, stf, tuned
 
 import stackcomp as sc
 
@@ -65,8 +65,7 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
         yield f"low rank, int{width.bits}", sc.Pipeline(low_rank, recovery)
     start = {"ratio": WIDTHS[0].ratio(bits), "value_bits": WIDTHS[0].value_bits}
     half = {"steps": budget.steps // 2}
-    stf = sc.STF(**(budget.learning | half), learned=1.0, only=BLOCKS, frozen=FROZEN)
-    yield "STF, int4", sc.Pipeline(factorized(**start), stf, learned(budget, 4, **half))
+    yield "STF, int4", sc.Pipeline(factorized(**start), stf(budget, **half), learned(budget, 4, **half))
     pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)
     yield "pruned, int4", sc.Pipeline(pruned, learned(budget, 4))
 

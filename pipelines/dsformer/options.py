@@ -9,20 +9,17 @@ share of the supports that each projection changed.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BLOCKS, BUDGETS, FROZEN, entry, factorized, tuned
+from recipes import BUDGETS, STF_RATE, entry, factorized, stf, tuned
 
 import stackcomp as sc
 
 RATIO = 3.57
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "as in the table": {},
-    "learned=0 (conventional practice)": {"learned": 0.0},
-    "learned=0.5": {"learned": 0.5},
-    "learned=1": {"learned": 1.0},
     "every=4": {"every": 4},
     "every=64": {"every": 64},
-    "weight_rate=0.25": {"weight_rate": 0.25},
-    "weight_rate=1": {"weight_rate": 1.0},
+    "half the rate": {"learning_rate": STF_RATE / 2},
+    "twice the rate": {"learning_rate": STF_RATE * 2},
     "data_aware=False": {"data_aware": False},
     "labels, no teacher": {"distill": False},
     "outputs only": {"hidden": 0.0},
@@ -35,9 +32,8 @@ def entries() -> Iterator[sc.Entry]:
         dense = tuned(name, 0)
         yield dense
         for option, settings in OPTIONS.items():
-            said = {"weight_rate": 0.5, **BUDGETS[name].learning, **settings}
-            stf = sc.STF(**said, only=BLOCKS, frozen=FROZEN)
-            yield entry(dense, option, RATIO, sc.Pipeline(factorized(RATIO), stf))
+            pipeline = sc.Pipeline(factorized(RATIO), stf(BUDGETS[name], **settings))
+            yield entry(dense, option, RATIO, pipeline)
 
 
 study = sc.Study(name="options", entries=tuple(entries()))

@@ -17,6 +17,8 @@ import stackcomp as sc
 
 BLOCKS = "encoder.layer.*"
 FROZEN = "embeddings"
+STF_RATE = 1e-4  # of dense weights; factors and whatever else is trained as it is stored take RATE
+RATE = 2e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Budget:
             "epochs": 100,
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "learning_rate": 2e-4,
+            "learning_rate": RATE,
         }
 
     @property
@@ -73,13 +75,18 @@ def factorized(ratio: float, **settings: object) -> sc.Pass:
     return sc.DenseSparse(ratio=ratio, only=BLOCKS, sensitivity=False, sweeps=6, samples=1024, **settings)
 
 
+def stf(budget: Budget, **settings: object) -> sc.Pass:
+    """The straight-through steps, as many as every other method gets."""
+    said = {**budget.learning, "learning_rate": STF_RATE, **settings}
+    return sc.STF(**said, only=BLOCKS, frozen=FROZEN)
+
+
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
     """Every method at an encoder compression of about `ratio`, by the name that tables use; the first four are run at every ratio."""
     recovery = budget.recovery
-    stf = sc.STF(**budget.learning, weight_rate=0.5, only=BLOCKS, frozen=FROZEN)
     low_rank = {"ratio": ratio, "only": BLOCKS}
     found = {
-        "STF": sc.Pipeline(factorized(ratio), stf),
+        "STF": sc.Pipeline(factorized(ratio), stf(budget)),
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
         "conventional, plain start": sc.Pipeline(

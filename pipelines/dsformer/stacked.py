@@ -16,7 +16,7 @@ The dense models are those of table.py.
 
 from collections.abc import Iterator
 
-from recipes import BLOCKS, BUDGETS, FROZEN, Budget, entry, factorized, tuned
+from recipes import BLOCKS, BUDGETS, Budget, entry, factorized, stf, tuned
 
 import stackcomp as sc
 
@@ -33,7 +33,7 @@ def stacks(budget: Budget) -> Iterator[tuple[str, float, sc.Pipeline]]:
         yield base, 1.0, sc.Pipeline(step, recovery, recovery)
     yield "int8", 1.0, sc.Pipeline(rounding)
     for ratio in RATIOS:
-        dsformer = (factorized(ratio), sc.STF(**budget.learning, only=BLOCKS, frozen=FROZEN))
+        dsformer = (factorized(ratio), stf(budget))
         for base, step in smaller.items():
             yield f"{base} + DSFormer", ratio, sc.Pipeline(step, recovery, *dsformer)
         yield "int8 + DSFormer", ratio, sc.Pipeline(*dsformer, rounding)

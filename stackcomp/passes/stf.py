@@ -1,7 +1,7 @@
 """The Straight-Through Factorizer: the support and both factors of dense-sparse weights learned for the task."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import data, nn, ops, training
 from stackcomp.core.contract import Contract, Need
@@ -27,10 +27,9 @@ class STF(LearnedForm):
     projection of W, and the gradient goes straight through to W. At the end the model holds plain S and D again, in the
     same bytes as before.
 
-    learned: share of the steps in which supports are learned; in the rest the factors themselves are trained on the
-    support that was found (learned=0 is the conventional practice: factor once, freeze the support, fine-tune).
     every: steps between projections, each starting from the one before; between them the model runs on the last
-    projection plus what W has moved since. weight_rate: the learning rate of the first part over that of the second.
+    projection plus what W has moved since. The rate falls to 0 (schedule), so that the last projection takes nothing
+    away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
     in the plain one.
 
@@ -39,13 +38,11 @@ class STF(LearnedForm):
     task. The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup,
     schedule, weight_decay, bf16, dropout, limit, save_every.
 
-    Where we differ from the paper: the start and the projections are data-aware, and the support is frozen for the last
-    steps, so that what is exported is what was trained.
+    Where we differ from the paper: the start and the projections are data-aware, and W starts as the product S D rather
+    than as the dense weight, whose other part pulls the supports back to where they fit that weight.
     """
 
-    learned: float = 0.9
     every: int = 16
-    weight_rate: float = 1.0
     data_aware: bool = True
     samples: int = 1024
     damping: float = 1e-3
@@ -54,9 +51,7 @@ class STF(LearnedForm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("learned", self.learned, 0.0, 1.0)
         whole("every", self.every, 1)
-        within("weight_rate", self.weight_rate, 0.0, above=True)
         whole("samples", self.samples, 1)
         within("damping", self.damping, 0.0, 1.0, above=True)
 
@@ -65,14 +60,12 @@ class STF(LearnedForm):
         wanted = facts(Fact.FLOAT, Fact.FACTOR, Fact.SPARSE)
         if self.epochs == 0:
             return Contract(finds=wanted, may_leave=True)
-        calibrated = {Need.CALIBRATION} if self.data_aware and self.learned > 0 else set[Need]()
+        calibrated = {Need.CALIBRATION} if self.data_aware else set[Need]()
         return Contract(finds=wanted, may_leave=True, trains=True, needs=self._needs | calibrated)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:
             return {}
-        assert context.task is not None
-        assert context.tokenizer is not None
         handles = {id_: nn.weights(model)[id_] for id_ in context.targets}
         chosen = [id_ for id_, handle in handles.items() if training.projects(handle)]
         if not chosen:
@@ -80,29 +73,17 @@ class STF(LearnedForm):
                 f"STF: none of the {len(handles)} selected weights is dense-sparse (all were left low rank or dense): "
                 "ask DenseSparse for a higher ratio, or use Distill"
             )
-        loss = self._loss(context)
-        total = training.planned_steps(
-            context.task, context.tokenizer, self._settings, labelled=loss.labelled
-        )
-        first = round(self.learned * total)
         changed: list[float] = []
-        parts: dict[str, Any] = {}
-        if first:
-            metrics = self._metrics(model, context, chosen)
-            with training.straightened(model, metrics) as latents:
+        with training.straightened(model, self._metrics(model, context, chosen)) as latents:
 
-                def project(step: int) -> None:
-                    if step and step % self.every == 0:
-                        changed.append(_project(latents))
+            def project(step: int) -> None:
+                if step and step % self.every == 0:
+                    changed.append(_project(latents))
 
-                parts["support"] = self._train(
-                    model, context, loss, project, steps=first, rate=self.weight_rate, scratch="support"
-                )
-                changed.append(_project(latents))
-        if first < total:
-            parts["values"] = self._train(model, context, loss, steps=total - first, scratch="values")
+            report = self._train(model, context, self._loss(context), project)
+            changed.append(_project(latents))
         return {
-            **parts,
+            **report,
             "weights": len(chosen),
             "changed": [round(share, 5) for share in changed],
         }

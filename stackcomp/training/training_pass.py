@@ -5,7 +5,7 @@ Imported by pass files at their top, so torch is imported only where a pass is a
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stackcomp import nn
@@ -82,30 +82,20 @@ class TrainingPass(Pass):
         context: "Context",
         loss: "Loss",
         on_step: Callable[[int], None] | None = None,
-        *,
-        steps: int | None = None,
-        rate: float = 1.0,
-        scratch: str = "",
     ) -> Findings:
-        """The steps themselves; where the pass has several parts, `steps` of them at `rate` times the learning rate, in a folder
-        `scratch` of their own."""
+        """The steps themselves."""
         from stackcomp import training
 
         assert context.task is not None
         assert context.tokenizer is not None
-        settings = replace(
-            self._settings,
-            steps=self._settings.steps if steps is None else steps,
-            learning_rate=rate * self.learning_rate,
-        )
         report = training.train(
             model,
             task=context.task,
             tokenizer=context.tokenizer,
             loss=loss,
-            settings=settings,
+            settings=self._settings,
             seed=context.seed,
-            scratch=context.scratch / scratch,
+            scratch=context.scratch,
             trainable=lambda name: self._learns(nn.relative(model, name)),
             device=context.device,
             progress=context.progress,

@@ -35,9 +35,9 @@ def manager(out, tokenizer, **settings):
     )
 
 
-def led(step):
-    """The pass behind whatever it cannot do without: a pipeline that is legal on a dense model."""
-    plan = plan_of(toys.bert_classifier())
+def led(step, model):
+    """The pass behind whatever it cannot do without: a pipeline that is legal on the model."""
+    plan = plan_of(model)
     if legal((step,), plan):
         return sc.Pipeline(step)
     return next(sc.Pipeline(quick(cls), step) for cls in PASSES.values() if legal((quick(cls), step), plan))
@@ -46,7 +46,7 @@ def led(step):
 def apply(step, model, tokenizer, tmp_path, task=None):
     """The pass, and what it cannot do without, on a model in memory."""
     original = copy.deepcopy(model)
-    for item in led(step).flat():
+    for item in led(step, model).flat():
         found = apply_alone(item, model, original, tokenizer, tmp_path, task)
     return found
 
@@ -95,7 +95,7 @@ def test_docstring_and_paper_are_there(step):
 def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, tokenizer, tmp_path):
     before = nn.weights_digest(model)
     training = model.training
-    result = manager(tmp_path / "out", tokenizer).run(model, led(step))
+    result = manager(tmp_path / "out", tokenizer).run(model, led(step, model))
     assert nn.weights_digest(model) == before
     assert model.training == training
     batch = toys.batch(tokenizer)
@@ -109,7 +109,7 @@ def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, toke
 def test_same_seed_same_weights(step, model, tokenizer, tmp_path):
     files = []
     for name in ("one", "two"):
-        manager(tmp_path / name, tokenizer, seed=3).run(model, led(step))
+        manager(tmp_path / name, tokenizer, seed=3).run(model, led(step, model))
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
 

@@ -85,16 +85,6 @@ def test_a_warm_start_goes_on_where_it_was():
     assert error < (weight - start.product()).square().sum()
 
 
-def test_without_learned_supports_it_is_conventional_practice(factorized, tokenizer, tmp_path):
-    import copy
-
-    model, _ = factorized
-    other = copy.deepcopy(model)
-    apply_to(model, sc.STF(**QUICK, learned=0.0), tokenizer, tmp_path / "one")
-    apply_to(other, sc.Distill(**{**QUICK, "only": None}), tokenizer, tmp_path / "two")
-    assert nn.weights_digest(model) == nn.weights_digest(other)
-
-
 def apply_to(model, step, tokenizer, scratch, progress=None):
     task = toys.classification_task()
     context = Context(
@@ -187,9 +177,7 @@ def test_it_is_refused_where_nothing_is_dense_sparse(factorized, tokenizer, tmp_
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"learned": 1.5}, "learned=1.5"),
         ({"every": 0}, "every=0"),
-        ({"weight_rate": 0.0}, "weight_rate="),
         ({"samples": 0}, "samples=0"),
         ({"damping": 0.0}, "damping="),
     ],
