@@ -165,3 +165,19 @@ def language_task() -> Task:
     splits = {"train": sentences(48), "selection": sentences(16, 48), "test": sentences(16, 64)}
     texts = {split: [{"text": row["text"]} for row in rows] for split, rows in splits.items()}
     return tasks.language_modelling(texts, name="toy-text", selection="selection", test="test", max_length=16)
+
+
+class Killed(Exception):
+    """Stands for a kill inside the process."""
+
+
+def killing(stop: int):
+    """A progress that raises Killed at step `stop` of training."""
+
+    def progress(items, /, label, total=None):
+        for number, item in enumerate(items):
+            if label == "training" and number == stop:
+                raise Killed
+            yield item
+
+    return progress

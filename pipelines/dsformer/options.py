@@ -1,6 +1,6 @@
 """What each option of STF changes: one at a time around the recipe of the table, at an encoder compression of 3.57.
 
-    stackcomp study pipelines/dsformer/options.py          # about 2 hours of one core
+    stackcomp study pipelines/dsformer/options.py
 
 The film reviews and STS-B, one seed. Rows in docs/results/options.jsonl; beside the score, their findings hold the last losses and the
 share of the supports that each projection changed.

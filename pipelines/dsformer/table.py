@@ -1,6 +1,6 @@
 """DSFormer against everything it claims to beat: MiniLM-L6 on four tasks, at encoder compressions of 2, 2.8 and 3.57.
 
-    stackcomp study pipelines/dsformer/table.py            # about 16 hours of one core; stop and go on as you like
+    stackcomp study pipelines/dsformer/table.py            # says what is left and for how long; stop and go on as you like
     stackcomp study pipelines/dsformer/table.py --list
 
 All methods at 2.8; at 2 and 3.57 STF, conventional practice and the best low rank. Three seeds on the small tasks; on the large ones

@@ -6,6 +6,7 @@ S_k D_k; `coefficients` are the S_k side by side (n x blocks*b), `basis` the D_k
 g). `transposed`: the same of W^T, so n is the input side. t is tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from stackcomp.core.spec import MatrixSpec, WeightSpec
 from stackcomp.nn.matrix import StoredMatrix
 
 
-class CompressedLayer(nn.Module):
+class CompressedLayer(nn.Module, ABC):
     """What the compressed layers share: matrices `weight`, or `basis` and `coefficients`, as submodules.
 
     A layer that is not the `owner` of its matrices uses those of another (tied weights): it does not register
@@ -76,14 +77,14 @@ class CompressedLayer(nn.Module):
         return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
 
     @property
+    @abstractmethod
     def rows(self) -> int:
         """Output features, or the size of the vocabulary."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cols(self) -> int:
         """Input features, or the width of an embedding."""
-        raise NotImplementedError
 
     def dense(self) -> Float[Tensor, "rows cols"]:
         """W; the gradient reaches what is stored."""

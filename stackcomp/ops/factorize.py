@@ -151,17 +151,15 @@ class Factorizer:
             self.basis = start.basis
             self.code = self._split(scatter(start.support, start.values, self._group)).contiguous()
             self.mask = self._split(scatter(start.support, torch.ones_like(start.values), self._group)) > 0
-            self._normalise_atoms()
+            self.code *= self._normalise_atoms()
             self._look()
 
     def aim(self, weight: Float[Tensor, "rows cols"]) -> None:
-        """Take another weight of the same shape as the target. BadWeights: NaN or infinite values."""
+        """Take another weight of the same shape as the target of the next sweep. BadWeights: NaN or infinite values."""
         _refuse_broken(weight)
         self._weight = weight.T if self._transposed else weight
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
-        if hasattr(self, "basis"):
-            self._look()
 
     def sweep(self, steps: int = DESCENT_STEPS) -> None:
         """One round: the basis, then the code, whose independent rows take at most `steps` conjugate gradient steps for each least
@@ -268,14 +266,13 @@ class Factorizer:
             parts.append(part[picked.to(part.device)])
         return torch.stack(parts)
 
-    def _normalise_atoms(self) -> None:
-        """Atoms of length one in the metric; a code takes the lengths up."""
+    def _normalise_atoms(self) -> Tensor:
+        """Atoms of length one in the metric; returns the lengths they had (p 1 a/p), for a code to take up."""
         atoms = self.basis if self._columns is None else self._whitened()
         norms = atoms.norm(dim=-1).view(self._blocks, self._atoms)
         norms = torch.where(norms > norms.max() * 1e-6, norms, norms.new_ones(()))
         self.basis = self.basis / norms[..., None]
-        if hasattr(self, "code"):
-            self.code *= norms.view(self._problems, 1, -1)
+        return norms.view(self._problems, 1, -1)
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
@@ -288,7 +285,7 @@ class Factorizer:
             self.basis = torch.linalg.solve(normal, right)
         else:
             self._solve_blocks(normal[0], (self.code.mT @ self._pull(self._target))[0])
-        self._normalise_atoms()
+        self.code *= self._normalise_atoms()
         self._look()
 
     def _solve_blocks(self, normal: Tensor, right: Tensor) -> None:

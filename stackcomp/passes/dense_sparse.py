@@ -76,6 +76,10 @@ class DenseSparse(FactorizingPass):
                 f"atoms={self.atoms!r}, nonzeros={self.nonzeros!r}: give both, or neither and a ratio"
             )
         if self.atoms is not None:
+            if self.ratio == 1.0:
+                raise SettingError(
+                    f"atoms={self.atoms} does not go with ratio=1.0, which does nothing: leave one out"
+                )
             whole("atoms", self.atoms, 1)
             whole("nonzeros", self.nonzeros, 1, self.atoms)
         one_of("orientation", self.orientation, ("auto", "rows", "columns"))

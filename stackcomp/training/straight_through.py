@@ -9,7 +9,6 @@ leaves out stays in W, where it adds up until it is worth a place in the support
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,16 +109,16 @@ def straightened(model: "PreTrainedModel", ids: Mapping[str, Whitener | None]) -
     factors of the last projection. The values are the metrics of the layers' inputs."""
     handles = {id_: handle for id_, handle in weights(model).items() if id_ in ids}
     latents = {id_: Latent(_factors(handle), ids[id_]) for id_, handle in handles.items()}
-    places = [_Place.of(model, handle.spec) for handle in handles.values()]
+    places = [_layers(model, handle.spec) for handle in handles.values()]
     for place, latent in zip(places, latents.values(), strict=True):
         made: dict[int, LatentLinear] = {}
-        for name, layer in place.layers.items():
+        for name, layer in place.items():
             _set(model, name, made.setdefault(id(layer), LatentLinear(latent, layer.bias)))
     try:
         yield latents
     finally:
         for place in places:
-            for name, layer in place.layers.items():
+            for name, layer in place.items():
                 _set(model, name, layer)
     for id_, latent in latents.items():
         found = latent.factors()
@@ -133,16 +132,10 @@ def straightened(model: "PreTrainedModel", ids: Mapping[str, Whitener | None]) -
         )
 
 
-@dataclass(frozen=True)
-class _Place:
+def _layers(model: "PreTrainedModel", spec: WeightSpec) -> dict[str, CompressedLinear]:
     """The layers of one weight by the names they have in the model."""
-
-    layers: dict[str, CompressedLinear]
-
-    @staticmethod
-    def of(model: "PreTrainedModel", spec: WeightSpec) -> "_Place":
-        names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
-        return _Place({name: model.get_submodule(name) for name in names})  # type: ignore[arg-type]
+    names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
+    return {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

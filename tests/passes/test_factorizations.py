@@ -174,6 +174,7 @@ def test_the_papers_shape_can_be_asked_for(tokenizer, tmp_path):
     ("settings", "said"),
     [
         ({"atoms": 8}, "atoms=8, nonzeros=None: give both"),
+        ({"atoms": 8, "nonzeros": 2, "ratio": 1.0}, "atoms=8 does not go with ratio=1.0"),
         ({"atoms": 4, "nonzeros": 5}, "nonzeros=5"),
         ({"atoms": 4, "nonzeros": 0}, "nonzeros=0"),
         ({"atoms": 33, "nonzeros": 2}, r"atoms=33 exceeds the 16 rows .*encoder\.layer\.0"),

@@ -5,7 +5,7 @@ import torch
 
 import stackcomp as sc
 from stackcomp import checkpoint, nn, ops, training
-from stackcomp.core.context import Context
+from stackcomp.core.context import Context, quiet
 from stackcomp.core.contract import legal
 from stackcomp.core.errors import SettingError
 from stackcomp.manager import plan_of
@@ -132,10 +132,6 @@ def test_zeros_stay_zero_through_the_run_and_a_reload(distill, scope, tokenizer,
     assert rows[1].size_bytes < rows[0].size_bytes
 
 
-class Killed(Exception):
-    """Stands for a kill inside the process."""
-
-
 @pytest.mark.parametrize("stop", [4, 7, 11])
 def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
     task, step = (
@@ -157,22 +153,13 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
         )
         return model, step.apply(model, context)
 
-    def whole(items, /, label, total=None):
-        return items
-
-    def killing(items, /, label, total=None):
-        for number, item in enumerate(items):
-            if label == "training" and number == stop:
-                raise Killed
-            yield item
-
-    wanted, _ = run(tmp_path / "whole", whole)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", killing)
-    found, findings = run(tmp_path / "killed", whole)
+    wanted, _ = run(tmp_path / "whole", quiet)
+    with pytest.raises(toys.Killed):
+        run(tmp_path / "killed", toys.killing(stop))
+    found, findings = run(tmp_path / "killed", quiet)
     assert findings["resumed_step"] == (stop - 1) // 3 * 3
     assert nn.weights_digest(found) == nn.weights_digest(wanted)
-    again, findings = run(tmp_path / "killed", whole)
+    again, findings = run(tmp_path / "killed", quiet)
     assert findings["resumed_step"] == 12
     assert nn.weights_digest(again) == nn.weights_digest(wanted)
 
@@ -191,8 +178,8 @@ def test_it_learns_the_task_sparse(tokenizer, tmp_path):
 def test_a_failed_run_leaves_a_plain_model(tokenizer):
     model = toys.bert_classifier()
     before = nn.weights_digest(model)
-    with pytest.raises(Killed), training.scored(model, plan_of(model).select(only=BLOCKS, skip=None)):
-        raise Killed
+    with pytest.raises(toys.Killed), training.scored(model, plan_of(model).select(only=BLOCKS, skip=None)):
+        raise toys.Killed
     assert nn.weights_digest(model) == before
 
 

@@ -5,7 +5,7 @@ import torch
 
 import stackcomp as sc
 from stackcomp import checkpoint, nn, training
-from stackcomp.core.context import Context
+from stackcomp.core.context import Context, quiet
 from stackcomp.core.contract import legal
 from stackcomp.core.errors import PipelineRefused, SettingError
 from stackcomp.manager import plan_of
@@ -184,10 +184,6 @@ def test_training_makes_up_for_rounding(tokenizer, tmp_path):
     assert found["quantization-aware"] < 0.3 * found["low-bit-weights"]
 
 
-class Killed(Exception):
-    """Stands for a kill inside the process."""
-
-
 @pytest.mark.parametrize("bits", [8, 2])
 @pytest.mark.parametrize("stop", [4, 7, 11])
 def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_path):
@@ -198,27 +194,18 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_pat
         apply(sc.DenseSparse(ratio=1.3, only=BLOCKS), model, tokenizer, tmp_path)
         return apply_to(model, step, tokenizer, scratch, progress), nn.weights_digest(model)
 
-    def whole(items, /, label, total=None):
-        return items
-
-    def killing(items, /, label, total=None):
-        for number, item in enumerate(items):
-            if label == "training" and number == stop:
-                raise Killed
-            yield item
-
-    _, wanted = run(tmp_path / "whole", whole)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", killing)
-    report, found = run(tmp_path / "killed", whole)
+    _, wanted = run(tmp_path / "whole", quiet)
+    with pytest.raises(toys.Killed):
+        run(tmp_path / "killed", toys.killing(stop))
+    report, found = run(tmp_path / "killed", quiet)
     assert report["resumed_step"] == (stop - 1) // 3 * 3
     assert found == wanted
 
 
 def test_a_failure_leaves_stored_weights(tokenizer):
     model = toys.bert_classifier()
-    with pytest.raises(Killed), training.rounded(model, [LAYER], bits=4, group=8):
-        raise Killed
+    with pytest.raises(toys.Killed), training.rounded(model, [LAYER], bits=4, group=8):
+        raise toys.Killed
     assert not [module for module in model.modules() if isinstance(module, nn.RoundedMatrix)]
     assert nn.weights(model)[LAYER].spec.matrices["weight"].coding == "int4"
 

@@ -5,7 +5,7 @@ import torch
 
 import stackcomp as sc
 from stackcomp import checkpoint, nn, training
-from stackcomp.core.context import Context
+from stackcomp.core.context import Context, quiet
 from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingError
 from stackcomp.manager import plan_of
 from stackcomp.ops import Factorizer, dense_sparse
@@ -119,10 +119,6 @@ def support(model, id_) -> torch.Tensor:
     return nn.weights(model)[id_].modules[0].matrices["coefficients"].mask()
 
 
-class Killed(Exception):
-    """Stands for a kill inside the process."""
-
-
 @pytest.mark.parametrize("stop", [2, 5, 8])
 def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
     step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2)
@@ -133,30 +129,17 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
         apply_to(model, step, tokenizer, scratch, progress)
         return nn.weights_digest(model)
 
-    steps = 0
-
-    def killing(items, /, label, total=None):
-        nonlocal steps
-        for item in items:
-            steps += label == "training"
-            if steps > stop:
-                raise Killed
-            yield item
-
-    def whole(items, /, label, total=None):
-        return items
-
-    wanted = run(tmp_path / "whole", whole)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", killing)
-    assert run(tmp_path / "killed", whole) == wanted
+    wanted = run(tmp_path / "whole", quiet)
+    with pytest.raises(toys.Killed):
+        run(tmp_path / "killed", toys.killing(stop))
+    assert run(tmp_path / "killed", quiet) == wanted
 
 
 def test_a_failure_leaves_a_model_without_latent_weights(factorized):
     model, ids = factorized
     before = nn.weights_digest(model)
-    with pytest.raises(Killed), training.straightened(model, dict.fromkeys(ids)):
-        raise Killed
+    with pytest.raises(toys.Killed), training.straightened(model, dict.fromkeys(ids)):
+        raise toys.Killed
     assert nn.weights_digest(model) == before
 
 
