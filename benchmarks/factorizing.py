@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 SWEEPS = 3  # the default of the pass
 PAPER = {"blocks": 12, "atoms": 32, "nonzeros": 8}
-AUTO = {"square": (4, 0.83), "tall": (1, 0.75)}  # blocks, and atoms over the columns of a block
+AUTO = {"square": (4, 0.57), "tall": (1, 0.52)}  # blocks, and atoms over the columns of a block
 RATIO = 2.8
 ONE_BLOCK = {"blocks": 1, "atoms": 192, "nonzeros": 24}
 PASSES = (1, 5)  # of scikit-learn over the rows of a block
-MORE_SWEEPS = (3, 6, 12, 24)  # of ours, until the error is no larger than scikit-learn's
+MORE_SWEEPS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24)  # of ours, until the error is no larger than scikit-learn's
 TIMED = 2  # blocks of a matrix that scikit-learn factorizes; the others take as long
 WIDTH = 64  # columns of a block where the weight grows
 MEASURE = "import sys; from benchmarks.factorizing import needed; needed(*sys.argv[1:])"

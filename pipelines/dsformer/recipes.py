@@ -72,7 +72,7 @@ BUDGETS = {
 
 def factorized(ratio: float, **settings: object) -> sc.Pass:
     """The dense-sparse start that conventional practice and STF share."""
-    return sc.DenseSparse(ratio=ratio, only=BLOCKS, sensitivity=False, sweeps=6, samples=1024, **settings)
+    return sc.DenseSparse(ratio=ratio, only=BLOCKS, sensitivity=False, sweeps=12, samples=1024, **settings)
 
 
 def stf(budget: Budget, **settings: object) -> sc.Pass:
@@ -90,7 +90,7 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
         "conventional, plain start": sc.Pipeline(
-            sc.DenseSparse(ratio=ratio, only=BLOCKS, data_aware=False, spread=1.0, sweeps=6), recovery
+            sc.DenseSparse(ratio=ratio, only=BLOCKS, data_aware=False, spread=1.0, sweeps=12), recovery
         ),
     }
     if ratio != 2.8:

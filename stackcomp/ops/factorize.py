@@ -10,11 +10,12 @@ The error that is minimised is tr(P (W - S D) Q (W - S D)^T). Q, the metric of t
 rows, ties the rows of S to one another; without P they are independent, and without Q the blocks are too: then they are p = k problems
 solved side by side, otherwise p = 1.
 
-A sweep has two parts, neither of which raises the error:
+A sweep alternates two steps, neither of which raises the error:
 1. D given S: linear least squares.
-2. S given D. Independent rows exchange atoms and solve their values by matrix products (`pursuit`). Rows tied by P do it a few at a time,
-   the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times its largest eigenvalue,
-   which makes them independent (`sparse_coding.swap`); then all values together, by conjugate gradients.
+2. S given D. Independent rows exchange atoms and solve their values by matrix products (`pursuit`), part by part, with D solved anew
+   after each part (as online dictionary learning does, Mairal et al., ICML 2009, with exact steps and nothing forgotten). Rows tied by P
+   do it a few at a time, the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times
+   its largest eigenvalue, which makes them independent (`sparse_coding.swap`); then all values together, by conjugate gradients.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ FREE_ROWS = (
     256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
 )
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
-SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
+SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row,
+FINER = (
+    4  # and half as many after every FINER sweeps: broad moves first, then ones that keep what has been found
+)
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
 BASIS_RIDGE = 1e-6  # of the mean diagonal of S^T P S: an atom that no row uses stays finite
@@ -101,8 +105,8 @@ def dense_sparse(
         outputs=outputs,
         seed=seed,
     )
-    for _ in range(sweeps):
-        factorizer.sweep()
+    for turn in range(sweeps):
+        factorizer.sweep(swapped=nonzeros // (SWAPPED << turn // FINER))
     factorizer.solve_basis()
     return factorizer.factors()
 
@@ -146,7 +150,7 @@ class Factorizer:
             self.mask = torch.empty_like(self.code, dtype=torch.bool)
             inverse = _inverse(self._gram)
             for part in self._parts():
-                self.code[:, part], self.mask[:, part] = self._shrink(inverse, part)
+                self.code[:, part], self.mask[:, part] = self._first_code(inverse, part)
         else:
             self.basis = start.basis
             self.code = self._split(scatter(start.support, start.values, self._group)).contiguous()
@@ -161,15 +165,19 @@ class Factorizer:
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
 
-    def sweep(self, steps: int = DESCENT_STEPS) -> None:
-        """One round: the basis, then the code, whose independent rows take at most `steps` conjugate gradient steps for each least
-        squares: a code that is nearly right needs few."""
+    def sweep(self, *, swapped: int | None = None, steps: int = DESCENT_STEPS) -> None:
+        """One round. swapped: how many atoms of a row may change in each group, one at least, s / SWAPPED unless said. steps: conjugate
+        gradient steps of independent rows for each least squares, at most: a code that is nearly right needs few."""
+        count = max(1, self._nonzeros // SWAPPED if swapped is None else swapped)
         self.solve_basis()
         if self._rows is not None:
-            self._swap_tied()
+            self._swap_tied(count)
             self._solve_tied()
             return
+        normal, right = self._normal(), self._right()
         for rows in self._parts():
+            normal -= self._normal(rows)
+            right -= self._right(rows)
             self.code[:, rows], self.mask[:, rows] = pursuit.exchange(
                 self._gram,
                 self._correlations(rows),
@@ -177,9 +185,12 @@ class Factorizer:
                 self.mask[:, rows],
                 nonzeros=self._nonzeros,
                 group=self._group,
-                count=min(self._most_swapped, self._group - self._nonzeros),
+                count=min(count, self._group - self._nonzeros),
                 steps=steps,
             )
+            normal += self._normal(rows)
+            right += self._right(rows)
+            self._fit(normal, right)
 
     def factors(self) -> DenseSparseFactors:
         """What has been found so far, both factors with the same mean square: an optimizer that takes equal steps then trains both
@@ -221,10 +232,6 @@ class Factorizer:
         grouped = self._flat(self.mask).unflatten(1, (-1, self._group))
         return grouped.flatten().nonzero().remainder_(self._group).view(*grouped.shape[:2], self._nonzeros)
 
-    @property
-    def _most_swapped(self) -> int:
-        return max(1, self._nonzeros // SWAPPED)
-
     # the dictionary, as the targets see it
 
     def _look(self) -> None:
@@ -244,8 +251,8 @@ class Factorizer:
     def _correlations(self, rows: slice = slice(None)) -> Tensor:
         return self._target[:, rows] @ self._dictionary.mT
 
-    def _shrink(self, inverse: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return pursuit.shrink(
+    def _first_code(self, inverse: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return pursuit.first_code(
             self._gram,
             inverse,
             self._correlations(rows),
@@ -276,16 +283,26 @@ class Factorizer:
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
-        normal = self.code.mT @ self._pull(self.code)
-        normal.diagonal(dim1=1, dim2=2).add_(
-            BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(SMALLEST)
-        )
+        self._fit(self._normal(), self._right())
+        self.code *= self._normalise_atoms()
+        self._look()
+
+    def _normal(self, rows: slice = slice(None)) -> Tensor:
+        code = self.code[:, rows]
+        return code.mT @ (code if self._rows is None else self._pull(code))
+
+    def _right(self, rows: slice = slice(None)) -> Tensor:
         if self._problems == self._blocks:  # Q cancels
-            right = self.code.mT @ self._pull(self._split(self._weight))
+            return self.code[:, rows].mT @ self._pull(self._split(self._weight)[:, rows])
+        return self.code[:, rows].mT @ self._pull(self._target[:, rows])
+
+    def _fit(self, normal: Tensor, right: Tensor) -> None:
+        ridge = BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
+        normal = normal + torch.diag_embed(ridge[:, None].expand(normal.shape[:2]))
+        if self._problems == self._blocks:  # Q cancels
             self.basis = torch.linalg.solve(normal, right)
         else:
-            self._solve_blocks(normal[0], (self.code.mT @ self._pull(self._target))[0])
-        self.code *= self._normalise_atoms()
+            self._solve_blocks(normal[0], right[0])
         self._look()
 
     def _solve_blocks(self, normal: Tensor, right: Tensor) -> None:
@@ -313,7 +330,7 @@ class Factorizer:
         """P times matrices of n rows."""
         return matrix if self._rows is None else self._rows.moment @ matrix
 
-    def _swap_tied(self) -> None:
+    def _swap_tied(self, count: int) -> None:
         """Swap atoms, a few rows at a time in random order, each seeing the rows before it as they are now."""
         assert self._rows is not None
         order = torch.randperm(len(self._weight), generator=self._generator).to(self._weight.device)
@@ -326,9 +343,7 @@ class Factorizer:
             scale = self._importance[picked].rsqrt()
             bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
             wanted = codes[picked] @ gram + (metric @ residual) * (scale.square() / bound)[:, None]
-            support[picked], values[picked] = swap(
-                gram, wanted, support[picked], values[picked], self._most_swapped
-            )
+            support[picked], values[picked] = swap(gram, wanted, support[picked], values[picked], count)
             codes[picked] = scatter(support[picked], values[picked], self._group)
             residual[picked] = correlations[picked] - codes[picked] @ gram
         self.code = codes[None]

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-SHRINKING = (3.0, 2.0, 1.5, 1.25, 1.0)  # of s: how wide the support is in each round of the first code
 FLAT = 1e-6  # of the squared length of a step: the curvature below which float32 cannot tell it from zero
 ENOUGH = 0.01  # a descent ends with the step that gains less than this share of what all steps have gained
 
@@ -68,7 +67,7 @@ def gain(
     return ((correlations + residual) * code).sum(2, keepdim=True)
 
 
-def shrink(
+def first_code(
     gram: Float[Tensor, "p a a"],
     inverse: Float[Tensor, "p a a"],
     correlations: Float[Tensor, "p n a"],
@@ -77,21 +76,16 @@ def shrink(
     group: int,
     steps: int,
 ) -> tuple[Float[Tensor, "p n a"], Bool[Tensor, "p n a"]]:
-    """A first code: from the least squares on all atoms down to s a group in a few rounds, each dropping what costs least.
+    """A code to start from: of the least squares on all atoms, the s a group that would cost most to drop, solved again.
 
-    What one atom costs is x_i^2 / (inverse Gram)_ii, the rise of the error when it goes alone (optimal brain surgeon), here with the
-    inverse over all atoms for every row.
+    What one atom costs is x_i^2 / (inverse Gram)_ii, the rise of the error when it goes alone (optimal brain surgeon). A more careful
+    choice by a dictionary that has learned nothing yet is time lost, and leaves later sweeps in a worse place.
     """
     code = correlations @ inverse
     cost = inverse.diagonal(dim1=1, dim2=2)[:, None]
-    mask = torch.ones_like(code, dtype=torch.bool)
-    for width in SHRINKING:
-        count = min(group, max(nonzeros, round(width * nonzeros)))
-        if count < group:
-            mask = strongest(code.square() / cost, count, group)
-            code = code * mask
-            code = descend(gram, unexplained(gram, correlations, code), code, mask, steps)
-    return code, mask
+    mask = strongest(code.square() / cost, nonzeros, group)
+    code = code * mask
+    return descend(gram, unexplained(gram, correlations, code), code, mask, steps), mask
 
 
 def exchange(

@@ -25,18 +25,65 @@ DENSE, SPARSE = FACTOR | {Fact.DENSE}, FACTOR | {Fact.SPARSE}
 LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever the ratio of all
 SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
 
-# The error of dense-sparse over that of low rank at equal bytes, by the layer's own ratio, as measured on the
-# layers of MiniLM-L6 with
-# the shapes below: nearly the same for all layers of a shape. It ranks candidates; the error that results is
-# the solver's own.
-SQUARE_GAIN = ((1.05, 0.9), (1.2, 0.55), (1.5, 0.5), (2.0, 0.52), (2.7, 0.6), (3.6, 0.72), (5.0, 0.9))
-TALL_GAIN = ((1.05, 0.9), (1.3, 0.5), (1.7, 0.42), (2.3, 0.45), (3.2, 0.53), (4.5, 0.62), (6.0, 0.8))
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
-HIGH_RATIO = 3.0
-SHARES = {
-    False: (0.83, 0.67),
-    True: (0.75, 0.6),
-}  # atoms over columns, by tallness: below and from HIGH_RATIO on
+HIGHEST_SHARE = 0.8  # atoms over the columns of a block
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What was measured on the layers of MiniLM-L6, nearly the same for all of a kind; it ranks candidates, and the error that results is
+    the solver's own.
+
+    share: atoms over the columns of a block, over the share of the dense values that the bytes would hold, with which the error is least.
+    gains: the error over that of low rank at equal bytes, by the layer's own ratio.
+    """
+
+    share: float
+    gains: tuple[tuple[float, float], ...]
+
+
+SQUARE = _Kind(
+    1.6,
+    (
+        (1.05, 0.9),
+        (1.1, 0.51),
+        (1.5, 0.41),
+        (2.0, 0.42),
+        (2.7, 0.47),
+        (3.6, 0.53),
+        (5.0, 0.59),
+        (7.0, 0.65),
+        (12.0, 0.72),
+    ),
+)
+TALL_ROWS = _Kind(
+    1.45,
+    (
+        (1.05, 0.9),
+        (1.1, 0.76),
+        (1.25, 0.59),
+        (1.5, 0.58),
+        (2.7, 0.59),
+        (3.6, 0.63),
+        (5.0, 0.68),
+        (7.0, 0.73),
+        (12.0, 0.78),
+    ),
+)
+TIED_ROWS = _Kind(  # the inputs' metric is that of the rows
+    2.7,
+    (
+        (1.05, 0.9),
+        (1.1, 0.73),
+        (1.25, 0.51),
+        (1.5, 0.41),
+        (2.7, 0.40),
+        (3.6, 0.43),
+        (5.0, 0.48),
+        (7.0, 0.52),
+        (12.0, 0.6),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -134,6 +181,9 @@ class DenseSparse(FactorizingPass):
             size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
             return [ops.Candidate(size_bytes=size, error=0.0, choice=shape)]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
+        kind = (
+            SQUARE if not form.tall else TIED_ROWS if form.turned and layer.inputs is not None else TALL_ROWS
+        )
         candidates: list[Candidate] = []
         for step in range(STEPS):
             ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
@@ -149,14 +199,17 @@ class DenseSparse(FactorizingPass):
                 )
             )
             shape = {"blocks": form.blocks, "value_bytes": layer.value_bytes}
-            share = SHARES[form.tall][ratio >= HIGH_RATIO]
+            of_values = (
+                size / layer.value_bytes / layer.weight.numel()
+            )  # what the bytes would hold, were all of them values
+            share = min(HIGHEST_SHARE, kind.share * of_values)
             for atoms, nonzeros in ops.shapes_of_size(
                 form.rows, form.columns, size_bytes=size, shares=(share,), **shape
             ):
                 choice = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
                 # an error is that of a shape, and gains were measured where values have their own bits
                 alike = ratio if self.value_bits is None else form.ratio(**choice)
-                gain = _interpolated(TALL_GAIN if form.tall else SQUARE_GAIN, alike)
+                gain = _interpolated(kind.gains, alike)
                 if 1 < nonzeros < atoms and gain < 1:
                     stored = ops.dense_sparse_bytes(
                         form.rows, form.columns, atoms=atoms, nonzeros=nonzeros, **shape

@@ -39,7 +39,7 @@ def test_descending_far_enough_solves_least_squares_on_the_support(seed, groups,
 def test_an_exchange_keeps_the_count_and_never_loses(group: int):
     gram, correlations = (part[None] for part in problem(40, 12, 8, 3))
     inverse = torch.linalg.inv(gram + 1e-4 * torch.eye(12))
-    code, mask = pursuit.shrink(gram, inverse, correlations, nonzeros=2, group=group, steps=8)
+    code, mask = pursuit.first_code(gram, inverse, correlations, nonzeros=2, group=group, steps=8)
     before = gain(gram, correlations, code)
     for _ in range(4):
         code, mask = pursuit.exchange(
@@ -57,7 +57,7 @@ def test_it_finds_codes_as_good_as_matching_pursuit():
     support, values = omp(gram, correlations, 8)
     greedy = gain(gram[None], correlations[None], scatter(support, values, 32)[None]).mean()
     inverse = torch.linalg.inv(gram + 1e-4 * torch.eye(32))[None]
-    code, mask = pursuit.shrink(gram[None], inverse, correlations[None], nonzeros=8, group=32, steps=8)
+    code, mask = pursuit.first_code(gram[None], inverse, correlations[None], nonzeros=8, group=32, steps=8)
     for _ in range(3):
         code, mask = pursuit.exchange(
             gram[None], correlations[None], code, mask, nonzeros=8, group=32, count=2, steps=8
