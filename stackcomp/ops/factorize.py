@@ -15,7 +15,7 @@ A sweep alternates two steps, neither of which raises the error:
 2. S given D. Independent rows exchange atoms and solve their values by matrix products (`pursuit`), part by part, with D solved anew
    after each part (as online dictionary learning does, Mairal et al., ICML 2009, with exact steps and nothing forgotten). Rows tied by P
    do it a few at a time, the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times
-   its largest eigenvalue, which makes them independent (`sparse_coding.swap`); then all values together, by conjugate gradients.
+   its largest eigenvalue, which makes them independent; then all values together, by conjugate gradients.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,11 @@ from torch import Tensor
 from stackcomp.core.errors import BadWeights, SettingError
 from stackcomp.ops import pursuit
 from stackcomp.ops.low_rank import low_rank
-from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, scatter, solve, swap
+from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, scatter, solve
 from stackcomp.ops.whiten import Whitener
 
-COUPLED_ROWS = (
-    32  # rows coded together where the metric couples rows: fewer bound P better and cost more calls
-)
+TIED_ROWS = 16  # rows coded together where the metric ties rows: fewer bound P better and cost more calls
+TIED_STEPS = 4  # at most, of conjugate gradients, for their codes: all values are solved together afterwards
 FREE_ROWS = (
     256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
 )
@@ -169,9 +168,10 @@ class Factorizer:
         """One round. swapped: how many atoms of a row may change in each group, one at least, s / SWAPPED unless said. steps: conjugate
         gradient steps of independent rows for each least squares, at most: a code that is nearly right needs few."""
         count = max(1, self._nonzeros // SWAPPED if swapped is None else swapped)
+        count = min(count, self._group - self._nonzeros)
         self.solve_basis()
         if self._rows is not None:
-            self._swap_tied(count)
+            self._exchange_tied(count)
             self._solve_tied()
             return
         normal, right = self._normal(), self._right()
@@ -185,7 +185,7 @@ class Factorizer:
                 self.mask[:, rows],
                 nonzeros=self._nonzeros,
                 group=self._group,
-                count=min(count, self._group - self._nonzeros),
+                count=count,
                 steps=steps,
             )
             normal += self._normal(rows)
@@ -330,24 +330,28 @@ class Factorizer:
         """P times matrices of n rows."""
         return matrix if self._rows is None else self._rows.moment @ matrix
 
-    def _swap_tied(self, count: int) -> None:
-        """Swap atoms, a few rows at a time in random order, each seeing the rows before it as they are now."""
+    def _exchange_tied(self, count: int) -> None:
+        """Exchange atoms, a few rows at a time in random order, each seeing the rows before it as they are now."""
         assert self._rows is not None
         order = torch.randperm(len(self._weight), generator=self._generator).to(self._weight.device)
-        gram, correlations, codes = self._gram[0], self._correlations()[0], self.code[0].clone()
-        residual = correlations - codes @ gram  # (W - S D) Q D^T
-        support = self._support()
-        values = gather(codes, support)
-        for picked in order.split(COUPLED_ROWS):
+        correlations = self._correlations()
+        residual = correlations - self.code @ self._gram  # (W - S D) Q D^T
+        for picked in order.split(TIED_ROWS):
             metric = self._rows.moment[picked]
             scale = self._importance[picked].rsqrt()
             bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
-            wanted = codes[picked] @ gram + (metric @ residual) * (scale.square() / bound)[:, None]
-            support[picked], values[picked] = swap(gram, wanted, support[picked], values[picked], count)
-            codes[picked] = scatter(support[picked], values[picked], self._group)
-            residual[picked] = correlations[picked] - codes[picked] @ gram
-        self.code = codes[None]
-        self.mask = scatter(support, torch.ones_like(values), self._group).bool()[None]
+            step = (metric @ residual[0]) * (scale.square() / bound)[:, None]
+            self.code[:, picked], self.mask[:, picked] = pursuit.exchange(
+                self._gram,
+                self.code[:, picked] @ self._gram + step,
+                self.code[:, picked],
+                self.mask[:, picked],
+                nonzeros=self._nonzeros,
+                group=self._group,
+                count=count,
+                steps=TIED_STEPS,
+            )
+            residual[:, picked] = correlations[:, picked] - self.code[:, picked] @ self._gram
 
     def _solve_tied(self) -> None:
         """All values at once for the support and basis as they are, preconditioned by each row's own equations."""

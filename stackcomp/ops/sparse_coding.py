@@ -50,17 +50,6 @@ def solve(factor: Float[Tensor, "n ks ks"], right: Float[Tensor, "n k s"]) -> Fl
     return torch.cholesky_solve(right.flatten(1)[..., None], factor).view_as(right)
 
 
-def gain(
-    gram: Float[Tensor, "a a"],
-    correlations: Float[Tensor, "n a"],
-    support: Int64[Tensor, "n k s"],
-    values: Float[Tensor, "n k s"],
-) -> Float[Tensor, " n"]:
-    """By how much the code lowers each row's squared error: 2 <c, x> - x^T A A^T x."""
-    code = scatter(support, values, len(gram) // support.shape[1])
-    return ((2 * correlations - code @ gram) * code).sum(1)
-
-
 def _strongest(
     gram: Float[Tensor, "a a"],
     correlations: Float[Tensor, "n a"],
@@ -99,54 +88,3 @@ def omp(
         support = torch.cat([support, new], dim=2).sort(dim=2).values
         values = solve(factor_supports(gram, support), gather(correlations, support))
     return support, values
-
-
-def swap(
-    gram: Float[Tensor, "a a"],
-    correlations: Float[Tensor, "n a"],
-    support: Int64[Tensor, "n k s"],
-    values: Float[Tensor, "n k s"],
-    count: int,
-) -> tuple[Int64[Tensor, "n k s"], Float[Tensor, "n k s"]]:
-    """Exchange up to `count` atoms a row and block for better ones; a row that would get worse keeps its code.
-
-    A round of subspace pursuit (arXiv 0803.0811): add the `count` strongest atoms, solve, drop as many. Where we differ: the ones
-    dropped have the least x_i^2 / (inverse Gram)_ii, the exact rise of the error when one atom goes (optimal brain surgeon).
-    """
-    blocks, nonzeros = support.shape[1:]
-    count = min(count, len(gram) // blocks - nonzeros)
-    if count == 0:
-        return support, values
-    wide = torch.cat([support, _strongest(gram, correlations, support, values, count)], dim=2)
-    inverse = torch.cholesky_inverse(factor_supports(gram, wide))
-    weights = (inverse @ gather(correlations, wide).flatten(1)[..., None]).view(wide.shape)
-    order = (weights.square() / inverse.diagonal(dim1=1, dim2=2).view_as(weights)).argsort(
-        dim=2, descending=True
-    )
-    fresh, ascending = wide.gather(2, order[..., :nonzeros]).sort(dim=2)
-    kept = order[..., :nonzeros].gather(2, ascending)
-    solved = _without(inverse, weights, kept, order[..., nonzeros:])
-    better = gain(gram, correlations, fresh, solved) > gain(gram, correlations, support, values)
-    better = better[:, None, None]
-    return torch.where(better, fresh, support), torch.where(better, solved, values)
-
-
-def _without(
-    inverse: Float[Tensor, "n kw kw"],
-    weights: Float[Tensor, "n k w"],
-    kept: Int64[Tensor, "n k s"],
-    dropped: Int64[Tensor, "n k c"],
-) -> Float[Tensor, "n k s"]:
-    """Least-squares values once the dropped positions are gone, from the inverse with them: x_K - B_KC B_CC^-1 x_C, B the inverse.
-
-    Cheaper than solving anew, as only the few dropped are inverted.
-    """
-    blocks, width = weights.shape[1:]
-    offsets = width * torch.arange(blocks, device=kept.device)[:, None]
-    stay, leave = (kept + offsets).flatten(1), (dropped + offsets).flatten(1)
-    columns = inverse.gather(
-        1, leave[..., None].expand(-1, -1, blocks * width)
-    )  # B is symmetric: its rows are its columns
-    corner = columns.gather(2, leave[:, None, :].expand(-1, leave.shape[1], -1))
-    removed = torch.linalg.solve_ex(corner, weights.flatten(1).gather(1, leave)).result
-    return (weights.flatten(1) - (removed[:, None, :] @ columns)[:, 0]).gather(1, stay).view_as(kept)
