@@ -16,9 +16,15 @@ from tests.passes.test_conformance import manager, quick
 PASSES = {name: quick(cls) for name, cls in registered().items()}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the first pass of all pairs is run once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("second", sorted(PASSES))
 @pytest.mark.parametrize("first", sorted(PASSES))
-def test_pair(first, second, tmp_path):
+def test_pair(first, second, tmp_path, cache):
     model, tokenizer = (
         toys.classifier("bert", num_hidden_layers=3),
         toys.tokenizer(),
@@ -29,9 +35,8 @@ def test_pair(first, second, tmp_path):
             manager(tmp_path / "out", tokenizer).run(model, pipeline)
         assert not (tmp_path / "out").exists()
         return
-    result = manager(tmp_path / "out", tokenizer).run(
-        model, pipeline
-    )  # compares facts with the contract after each pass
+    # compares facts with the contract after each pass
+    result = manager(tmp_path / "out", tokenizer, cache=cache).run(model, pipeline)
     batch = toys.batch(tokenizer)
     with torch.no_grad():
         logits = result.model(**batch).logits
