@@ -100,7 +100,7 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
         "FWSVD": sc.Pipeline(sc.FWSVD(**low_rank, samples=1024), recovery),
         "1:3 sparsity": sc.Pipeline(sc.MagnitudePrune(sparsity="1:3", only=BLOCKS), recovery),
         "movement pruning": sc.Pipeline(
-            sc.MovementPrune(sparsity=0.674, **budget.learning, only=BLOCKS, frozen=FROZEN)
+            sc.MovementPrune(sparsity=0.674, start="magnitude", **budget.learning, only=BLOCKS, frozen=FROZEN)
         ),
         "2 layers": sc.Pipeline(
             sc.DropLayers(keep=2), sc.Distill(**budget.learning, hidden=0.0, skip=FROZEN)

@@ -26,7 +26,7 @@ class MovementPrune(LearnedForm):
     """Fine-tune the whole model while entries of the selected weights are dropped: those that training moves
     towards zero. Only the kept values are stored, beside a packed support.
 
-    Each entry has a score S, at first 0, which learns by dL/dS = W dL/dW' with W' the masked weight: the entries
+    Each entry has a score S, which learns by dL/dS = W dL/dW' with W' the masked weight: the entries
     of the highest scores are kept, and a dropped one can come back. The share that is dropped rises as
     sparsity * (1 - (1 - p)^3), p going from 0 to 1 between the steps `begin` and `end`; then the mask is fixed
     and the other steps train what is kept.
@@ -34,8 +34,7 @@ class MovementPrune(LearnedForm):
     sparsity: share that is dropped, above 0 and below 1, stored as the kept values and a bitmap; or "n:m", which
     keeps n of every m consecutive inputs of a row (n falls from m by the same schedule); scope: "layer" drops
     this share of every weight, "global" of all selected weights together; begin, end: shares of the steps;
-    distill: follow the model as it came, with this temperature and weight of the hidden states, as Distill does;
-    without it, learn the labels of the task.
+    start: what scores are at first, "zero" as in the paper, or "magnitude", |W|: far better when steps are few.
 
     only, skip: the weights that are pruned; everything but `frozen` is trained. distill: follow the model as it came,
     with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task.
@@ -50,6 +49,7 @@ class MovementPrune(LearnedForm):
     scope: Literal["layer", "global"] = "layer"
     begin: float = 0.1
     end: float = 0.7
+    start: Literal["zero", "magnitude"] = "zero"
 
     paper: ClassVar[str] = "Sanh et al., arXiv:2005.07683"
 
@@ -62,6 +62,7 @@ class MovementPrune(LearnedForm):
                 f"scope='global' does not go with sparsity={self.sparsity!r}, which keeps as many of every group: give a share"
             )
         one_of("scope", self.scope, ("layer", "global"))
+        one_of("start", self.start, ("zero", "magnitude"))
         within("begin", self.begin, 0.0, 1.0)
         within("end", self.end, self.begin, 1.0)
 
@@ -98,7 +99,7 @@ class MovementPrune(LearnedForm):
         end = min(int(self.end * total), total - 1)
         begin = min(int(self.begin * total), end)
         handles = {id_: nn.weights(model)[id_] for id_ in context.targets}
-        with training.scored(model, context.targets) as masks:
+        with training.scored(model, context.targets, magnitude=self.start == "magnitude") as masks:
 
             def choose(step: int) -> None:
                 if step <= end:

@@ -25,9 +25,9 @@ class ScoredMask(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, scores: Tensor) -> None:
         super().__init__()
-        self.scores = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self.scores = nn.Parameter(scores)
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -37,11 +37,19 @@ class ScoredMask(nn.Module):
 
 
 @contextmanager
-def scored(model: "PreTrainedModel", ids: Iterable[str]) -> Iterator[dict[str, ScoredMask]]:
-    """Mask the plain weights `ids`, in every module that uses them, as long as the context lasts; afterwards they are whole again."""
+def scored(
+    model: "PreTrainedModel", ids: Iterable[str], *, magnitude: bool = False
+) -> Iterator[dict[str, ScoredMask]]:
+    """Mask the plain weights `ids`, in every module that uses them, as long as the context lasts; afterwards they are whole again.
+
+    magnitude: scores start at |W|, not at 0.
+    """
     known = weights(model)
     handles = {id_: known[id_] for id_ in ids}
-    masks = {id_: ScoredMask(handle.parameter.detach()) for id_, handle in handles.items()}
+    masks: dict[str, ScoredMask] = {}
+    for id_, handle in handles.items():
+        start = handle.parameter.detach().float().abs()
+        masks[id_] = ScoredMask(handle.parameter.detach(), start if magnitude else torch.zeros_like(start))
     done: list[nn.Module] = []
     try:
         for id_, handle in handles.items():

@@ -110,6 +110,19 @@ def test_what_moves_away_from_zero_stays(tokenizer, tmp_path):
     assert torch.equal(ops.highest(scores, 50), ops.highest(weight * step, 50))
 
 
+@pytest.mark.parametrize("start", ["zero", "magnitude"])
+def test_scores_that_hardly_learn_keep_what_they_started_with(start, tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    id_ = "encoder.layer.0.output.dense"
+    weight = nn.weights(model)[id_].dense().clone()
+    step = sc.MovementPrune(
+        sparsity=0.5, start=start, only=BLOCKS, steps=4, batch_size=4, learning_rate=1e-12, distill=False
+    )
+    apply(step, model, tokenizer, tmp_path)
+    kept = nn.weights(model)[id_].dense() != 0
+    assert torch.equal(kept, ops.highest(weight.abs(), kept.sum().item())) is (start == "magnitude")
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("distill", [True, False])
 def test_zeros_stay_zero_through_the_run_and_a_reload(distill, scope, tokenizer, tmp_path):
@@ -191,6 +204,7 @@ def test_a_failed_run_leaves_a_plain_model(tokenizer):
         ({"sparsity": "2:4", "scope": "global"}, "scope='global' does not go with"),
         ({"scope": "model"}, "scope='model'"),
         ({"begin": 0.8}, "end=0.7"),
+        ({"start": "random"}, "start='random'"),
         ({"temperature": 0.0}, "temperature="),
     ],
 )
