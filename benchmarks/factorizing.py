@@ -19,7 +19,7 @@ from stackcomp.studies.rows import Row, Rows, stamp
 if TYPE_CHECKING:
     from torch import Tensor
 
-SWEEPS = 3  # the default of the pass
+SWEEPS = 6  # the default of the pass
 PAPER = {"blocks": 12, "atoms": 32, "nonzeros": 8}
 AUTO = {"square": (4, 0.57), "tall": (1, 0.52)}  # blocks, and atoms over the columns of a block
 RATIO = 2.8

@@ -109,7 +109,7 @@ class DenseSparse(FactorizingPass):
     nonzeros: int | None = None
     blocks: int | None = None
     orientation: Literal["auto", "rows", "columns"] = "auto"
-    sweeps: int = 3
+    sweeps: int = 6
 
     paper: ClassVar[str] = "Chand et al., DSFormer, arXiv:2312.13211"
 
