@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -126,15 +127,26 @@ class Entry:
         return {name: self.model.asked[name] for name in kept}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A pipeline that a study leaves out, as no contract allows it: the names of its techniques in order, the one that is
+    refused, and the contract's words."""
+
+    passes: tuple[str, ...]
+    refused: str
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """Entries to run in order into `NAME.jsonl`.
+    """Entries to run in order into `NAME.jsonl`; skipped: what `combinations` found illegal.
 
     Raises StudyRefused when two entries have one key, or an entry starts from one that is not in the study.
     """
 
     name: str
     entries: tuple[Entry, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
@@ -157,23 +169,33 @@ class Study:
 
         Raises what `stackcomp.check` raises, with the key of the entry.
         """
-        roots: dict[str, Plan] = {}
-        left: dict[str, Plan] = {}
-
-        def after(entry: Entry) -> Plan:
-            if entry.key not in left:
-                before = after(entry.model) if isinstance(entry.model, Entry) else None
-                try:
-                    if before is None:
-                        root = str(entry.model)
-                        before = roots[root] = roots.get(root) or headers.plan_of(root)
-                    left[entry.key] = check(entry.pipeline, before)[-1]
-                except StackcompError as error:
-                    raise type(error)(f"entry {entry.key!r}: {error}") from error
-            return left[entry.key]
-
+        known: dict[Entry | str, Plan] = {}
         for entry in self.entries:
-            after(entry)
+            plan_after(entry, known)
+
+    def left_out(self) -> str:
+        """How many pipelines are skipped and why, one line a reason; empty when none is."""
+        reasons = Counter(f"{one.refused} {one.why.partition(' of ')[0]}" for one in self.skipped)
+        lines = [f"  {count} times: {reason}" for reason, count in reasons.most_common()]
+        return "\n".join([f"{len(self.skipped)} illegal pipelines are left out", *lines] if lines else [])
+
+
+def plan_after(model: Entry | str | Path, known: dict[Entry | str, Plan]) -> Plan:
+    """The plan of the model at a folder or hub name, or of what an entry leaves; no weight is read.
+
+    known: plans that were found before. Raises what `stackcomp.check` raises, with the key of the entry.
+    """
+    name = model if isinstance(model, Entry) else str(model)
+    if name not in known:
+        if isinstance(model, Entry):
+            before = plan_after(model.model, known)
+            try:
+                known[name] = check(model.pipeline, before)[-1]
+            except StackcompError as error:
+                raise type(error)(f"entry {model.key!r}: {error}") from error
+        else:
+            known[name] = headers.plan_of(model)
+    return known[name]
 
 
 @cache
