@@ -16,7 +16,7 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import one_of
 from stackcomp.manager import check
-from stackcomp.studies.study import Entry, Skipped, Study, plan_after
+from stackcomp.studies.study import Entry, Skipped, Study, line_of, plan_after
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -93,7 +93,7 @@ def combinations(
         for seed in seeds
         for order, pipeline in legal
     ]
-    return Study(name=name, entries=(*_line(model), *entries), skipped=tuple(skipped))
+    return Study(name=name, entries=(*line_of(model), *entries), skipped=tuple(skipped))
 
 
 def _steps(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[_Step]:
@@ -106,7 +106,9 @@ def _steps(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[_Step]:
             )
         items = [given] if isinstance(given, Pass) else list(given)
         if not items or not all(isinstance(item, Pass) for item in items):
-            raise SettingError(f"passes: {name!r} is {given!r}: give a pass, or its strengths as several passes")
+            raise SettingError(
+                f"passes: {name!r} is {given!r}: give a pass, or its strengths as several passes"
+            )
         if len({type(item) for item in items}) > 1 or len(set(items)) < len(items):
             raise SettingError(
                 f"passes: the strengths of {name!r} are not one pass with different settings: give each pass its own name"
@@ -151,8 +153,9 @@ def _refusal(order: Sequence[_Step], pipeline: Pipeline, plan: Plan) -> Skipped 
         passes = pipeline.flat()
         bad = next(item for end, item in enumerate(passes) if not _fits(passes[: end + 1], plan))
         return Skipped(
-            passes=tuple(map(str, order)),
-            refused=next((str(step) for step in order if step.item is bad), "recovery"),
+            passes=tuple(step.name for step in order),
+            strengths=tuple(step.strength for step in order),
+            refused=next((step.name for step in order if step.item is bad), "recovery"),
             why="; ".join(words),
         )
     return None
@@ -175,12 +178,10 @@ def _refuse_unused(
     """Raise StudyRefused for a technique that is in no legal pipeline: its name, or its globs, are wrong."""
     for step in steps:
         if not any(step in order for order, _ in legal):
-            why = next(one for one in skipped if one.refused in (str(step), "recovery") and str(step) in one.passes)
-            raise StudyRefused(
-                f"{str(step)!r} is in no legal pipeline: {why.refused} {why.why}; leave it out, or give it other weights with only="
+            (alone,) = (
+                one for one in skipped if (one.passes, one.strengths) == ((step.name,), (step.strength,))
             )
-
-
-def _line(model: Entry | str | Path) -> list[Entry]:
-    """The entries that make `model`, the first one first."""
-    return [*_line(model.model), model] if isinstance(model, Entry) else []
+            raise StudyRefused(
+                f"{str(step)!r} is in no legal pipeline; alone: {alone.refused} {alone.why}; leave it out, or give it other "
+                "weights with only="
+            )

@@ -96,8 +96,12 @@ class Entry:
 
     def is_done(self, row: Mapping[str, Any]) -> bool:
         """Whether `row` is this entry's, finished."""
+        return "error" not in row and self.made(row)
+
+    def made(self, row: Mapping[str, Any]) -> bool:
+        """Whether `row` is this entry's, finished or failed: of the same key and declaration."""
         asked = {"key": self.key, **self.asked}
-        return "error" not in row and all(row.get(name) == value for name, value in asked.items())
+        return all(row.get(name) == value for name, value in asked.items())
 
     @cached_property
     def steps(self) -> tuple[str, ...]:
@@ -129,12 +133,18 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A pipeline that a study leaves out, as no contract allows it: the names of its techniques in order, the one that is
-    refused, and the contract's words."""
+    """A pipeline that a study leaves out, as no contract allows it: its techniques in order and their strengths, the
+    one that is refused, and the contract's words."""
 
     passes: tuple[str, ...]
+    strengths: tuple[str, ...]
     refused: str
     why: str
+
+    @property
+    def reason(self) -> str:
+        """Who is refused and for what, without the layers."""
+        return f"{self.refused} {self.why.partition(' of ')[0]}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,7 +185,7 @@ class Study:
 
     def left_out(self) -> str:
         """How many pipelines are skipped and why, one line a reason; empty when none is."""
-        reasons = Counter(f"{one.refused} {one.why.partition(' of ')[0]}" for one in self.skipped)
+        reasons = Counter(one.reason for one in self.skipped)
         lines = [f"  {count} times: {reason}" for reason, count in reasons.most_common()]
         return "\n".join([f"{len(self.skipped)} illegal pipelines are left out", *lines] if lines else [])
 
@@ -196,6 +206,11 @@ def plan_after(model: Entry | str | Path, known: dict[Entry | str, Plan]) -> Pla
         else:
             known[name] = headers.plan_of(model)
     return known[name]
+
+
+def line_of(model: Entry | str | Path) -> list[Entry]:
+    """The entries that make `model`, the first one first; none for a folder or hub name."""
+    return [*line_of(model.model), model] if isinstance(model, Entry) else []
 
 
 @cache
