@@ -82,12 +82,12 @@ def _frame(cells: Cells, everything: Sequence[Cell], lowest: float, noise: float
     """All sizes, and the scores that are not far below the floor."""
     sizes = [cell.size_bytes for cell in everything]
     came = cells.sign * cells.came.score
-    depth = max(4 * (came - cells.sign * lowest), 2 * noise)
+    depth = max(4 * abs(came - cells.sign * lowest), 2 * noise)
     heights = [cells.sign * cell.score for cell in everything]
     shown = [height for height in heights if height >= came - depth]
     least = min(*shown, came - noise, cells.sign * lowest)
-    most = max(*shown, came + noise)
-    room = 0.06 * (most - least)
+    most = max(*shown, came + noise, cells.sign * lowest)
+    room = 0.06 * (most - least) or 1.0
     return _Frame(
         least=min(sizes) / 1.12,
         most=max(sizes) * 1.12,

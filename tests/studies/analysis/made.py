@@ -21,7 +21,7 @@ def row(*passes, size=CAME, score=SCORE, seed=0, noise=0.5, latency=None, embedd
         "limit": None,
         "model": "toy@1",
         "declaration": f"Pipeline({', '.join(names)})",
-        "fingerprint": f"of {names} {seed}",
+        "fingerprint": f"of {' '.join(names)} {seed}",
         "file_sha256": None,
         **_figures(size, score, noise, embeddings),
         **({} if latency is None else {"latency_ratio": latency, "latency_ms": 10 * latency}),
