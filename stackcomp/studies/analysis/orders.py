@@ -104,7 +104,7 @@ def _alone(cells: Cells, first: str, second: str) -> str:
         return f"{first} and {second} cannot be combined: {before}."
     if before or after:
         ahead, behind = (second, first) if before else (first, second)
-        return f"Only {ahead} before {behind} is legal: {before or after}."
+        return f"Only {ahead} before {behind} is legal: after it, {before or after}."
     return f"{first} and {second}: no two pipelines that differ in their order have run yet."
 
 

@@ -28,7 +28,7 @@ from stackcomp.studies.study import Study
 TITLES = {  # of the measures
     "file": "Compression of the file",
     "encoder": "Compression of the encoder",
-    "score": "Score",
+    "score": "Points of score",
     "speed": "Speed",
 }
 
@@ -202,21 +202,18 @@ def _attribution(found: Attribution) -> Iterator[Part]:
         return
     said = str if found.measure == "score" else _factor
     yield f"{title}: {said(found.total)} in all, the mean of {found.orders} orders."
-    yield pictures.bars([(name, one, said(one)) for name, one in found.shares.items()])
-    whole = found.total.value
+    total = found.total
+    shown = str if found.measure == "score" else lambda one: _part(one, total)
+    yield pictures.bars([(name, one, shown(one)) for name, one in found.shares.items()])
+    rows = [[name, shown(one), said(found.without[name])] for name, one in found.shares.items()]
     yield Table(
-        titles=["technique", "Shapley value", "share of the whole", "when left out"],
-        rows=[
-            [
-                name,
-                said(one),
-                f"{round(one.value / whole, 2) + 0.0:.0%}" if whole and found.measure != "score" else "-",
-                said(found.without[name]),
-            ]
-            for name, one in found.shares.items()
-        ]
-        + [["all", said(found.total), "", ""]],
+        titles=["technique", "Shapley value", "when left out"], rows=[*rows, ["all", said(found.total), ""]]
     )
+
+
+def _part(one: Estimate, whole: Estimate) -> str:
+    """A logarithm as the factor that it stands for, and as a part of the whole one."""
+    return f"{_factor(one)}, {round(one.value / whole.value, 2) + 0.0:.0%}" if whole.value else _factor(one)
 
 
 def _factor(one: Estimate) -> str:
@@ -282,8 +279,10 @@ def _orders(cells: Cells, found: Sequence[Order]) -> Iterator[Part]:
             if (before, after) in values and not values[before, after].within_noise
         },
     )
-    yield "\n".join(
-        f"{one.words}" + (f" ({one.pairs} pairs of pipelines.)" if one.pairs else "") for one in found
+    yield Table(
+        titles=["pair", "finding", "pairs of pipelines"],
+        rows=[[f"{one.first}, {one.second}", one.words, str(one.pairs)] for one in found],
+        left=2,
     )
 
 

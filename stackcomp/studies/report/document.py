@@ -48,7 +48,7 @@ def _markdown(part: Part) -> str:
     if isinstance(part, Heading):
         return f"## {part.text}"
     if isinstance(part, Table):
-        marks = ["---" if column < part.left else "--:" for column in range(len(part.titles))]
+        marks = ["--:" if _side(part, column) == "figure" else "---" for column in range(len(part.titles))]
         rows = [
             [
                 f"`{' '.join(cell.split())}`" if column in part.code else cell
@@ -102,6 +102,8 @@ def _cell(table: Table, row: int, column: int, text: str) -> str:
 
 
 def _side(table: Table, column: int) -> str:
+    if column in table.code:
+        return "words long"
     return "words" if column < table.left else "figure"
 
 
@@ -125,6 +127,7 @@ p { max-width: 46rem; white-space: pre-line; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { text-align: left; color: var(--quiet); font-weight: 600; }
+.words { min-width: 7rem; } .words:first-child { min-width: auto; } .long { min-width: 16rem; }
 .figure { text-align: right; white-space: nowrap; }
 code { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.875rem; }

@@ -38,8 +38,9 @@ class _Frame:
         return f"{100 * log(size / self.least) / log(self.most / self.least):.2f}%"
 
     def y(self, score: float) -> float:
-        """Down, in pixels; what scores less than is shown is put on the lower edge."""
-        return round(HEIGHT * (self.best - max(self.sign * score, self.worst)) / (self.best - self.worst), 1)
+        """Down, in pixels; what is not shown is put on the edge."""
+        inside = min(max(self.sign * score, self.worst), self.best)
+        return round(HEIGHT * (self.best - inside) / (self.best - self.worst), 1)
 
     def holds(self, score: float) -> bool:
         """Whether the score is not below the lower edge."""

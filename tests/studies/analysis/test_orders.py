@@ -77,9 +77,9 @@ def test_pairs_that_cannot_be_compared_say_why():
         ((), "have run yet"),
         (
             (refused("b", "a"),),
-            "Only a before b is legal: a requires 'float', which is missing on the weight.",
+            "Only a before b is legal: after it, a requires 'float', which is missing on the weight.",
         ),
-        ((refused("a", "b"),), "Only b before a is legal: b requires"),
+        ((refused("a", "b"),), "Only b before a is legal: after it, b requires"),
         ((refused("a", "b"), refused("b", "a")), "a and b cannot be combined: b requires"),
     ):
         (found,) = orders(Cells.of(rows, skipped))
