@@ -39,9 +39,9 @@ def _order(cells: Cells, first: str, second: str) -> Order:
     pairs = list(_swapped(cells, first, second))
     if not pairs:
         return Order(first=first, second=second, pairs=0, words=_alone(cells, first, second))
-    score = mean([_score_gap(one, other) for one, other in pairs])
-    saved = fmean(one.log_file.value - other.log_file.value for one, other in pairs)
     same = all(_same_file(one, other) for one, other in pairs)
+    score = Estimate(value=0.0) if same else mean([_score_gap(one, other) for one, other in pairs])
+    saved = fmean(one.log_file.value - other.log_file.value for one, other in pairs)
     return Order(
         first=first,
         second=second,

@@ -58,6 +58,10 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
     yield Heading("What the stack gives beyond the best single technique")
     yield from _extra(cells, whole)
     yield from _extra(cells, encoder)
+    yield (
+        f"Pipelines are chosen and scored on the same examples ({cells.came.rows[0]['examples']} of the {cells.cells[0].rows[0]['split']} "
+        "split); the interval makes both choices anew for every draw of the scores."
+    )
     yield Heading("Score against bytes")
     yield from _front(cells, floor)
     yield Heading("Which technique gave it")
@@ -259,7 +263,7 @@ def _orders(cells: Cells, found: Sequence[Order]) -> Iterator[Part]:
         "changed places; the mean over all pipelines that differ in nothing else. Coloured where it is beyond the noise: blue, the "
         "row's technique better comes first; orange, second. A dash: not both orders are legal, or not both have run."
     )
-    values = {}
+    values: dict[tuple[str, str], Estimate] = {}
     for one in found:
         if one.score is not None:
             values[one.first, one.second] = one.score

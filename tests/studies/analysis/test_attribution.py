@@ -3,7 +3,7 @@
 from math import exp, log
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.studies.analysis import Cells, attribution, shapley
@@ -26,6 +26,7 @@ def everyone(game):
     return sorted(max(game, key=len))
 
 
+@settings(deadline=None)
 @given(games())
 def test_the_values_sum_to_what_all_bring(game):
     players = everyone(game)
@@ -34,6 +35,7 @@ def test_the_values_sum_to_what_all_bring(game):
     )
 
 
+@settings(deadline=None)
 @given(games())
 def test_two_players_that_bring_the_same_get_the_same(game):
     players = everyone(game)
@@ -45,6 +47,7 @@ def test_two_players_that_bring_the_same_get_the_same(game):
     assert found["a"] == pytest.approx(found["z"], abs=1e-9)
 
 
+@settings(deadline=None)
 @given(games())
 def test_a_player_that_brings_nothing_gets_nothing_and_takes_nothing(game):
     players = everyone(game)
@@ -54,6 +57,7 @@ def test_a_player_that_brings_nothing_gets_nothing_and_takes_nothing(game):
     assert found == pytest.approx(shapley(players, game), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_values_of_a_sum_are_the_sums_of_the_values(data):
     one = data.draw(games())
