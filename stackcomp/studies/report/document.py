@@ -123,11 +123,11 @@ body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 s
 main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 p { max-width: 46rem; white-space: pre-line; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { text-align: left; color: var(--quiet); font-weight: 600; }
-.words { min-width: 7rem; } .words:first-child { min-width: auto; } .long { min-width: 16rem; }
+.words { min-width: 7rem; } .words:first-child { min-width: auto; } .long { min-width: 22rem; }
 .figure { text-align: right; white-space: nowrap; }
 code { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.875rem; }
