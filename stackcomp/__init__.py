@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
     from stackcomp.manager import PassManager, check
-    from stackcomp.studies import Entry, Study
+    from stackcomp.studies import Entry, Study, combinations
 
 __all__ = [
     "Contract",
@@ -33,6 +33,7 @@ __all__ = [
     "Pipeline",
     "Study",
     "check",
+    "combinations",
     "errors",
     "load",
     "parse",
@@ -61,7 +62,7 @@ def __getattr__(name: str) -> Any:
         from stackcomp.checkpoint import load
 
         return load
-    if name in ("Entry", "Study"):
+    if name in ("Entry", "Study", "combinations"):
         from stackcomp import studies
 
         return getattr(studies, name)

@@ -1,4 +1,4 @@
-"""The command line: `stackcomp check | run | study | show | passes`.
+"""The command line: `stackcomp check | run | study | report | show | passes`.
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
 disk, an entry of a study), 130 when interrupted. Results go to standard output, messages to standard error. Torch is imported by
@@ -13,11 +13,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from stackcomp.studies import Study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,19 +86,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="working folder, shared by processes (default out/study/NAME)"
     )
-    command.add_argument(
-        "--results",
-        type=Path,
-        default=Path("docs/results"),
-        metavar="DIR",
-        help="where NAME.jsonl is (default %(default)s)",
-    )
+    _add_results(command)
     command.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="entries whose key matches")
     command.add_argument(
         "--minutes", type=float, metavar="N", help="start no further entry after so many minutes"
     )
     command.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
+    command.add_argument(
+        "--replay",
+        metavar="KEY",
+        help="run a finished row again, in the new folder --out, and compare the bytes",
+    )
     command.set_defaults(command=_study)
+
+    command = commands.add_parser(
+        "report",
+        help="write what the rows of a study of combinations say, as HTML and Markdown; runs nothing",
+    )
+    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `study`")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where to write NAME.html and NAME.md"
+    )
+    _add_results(command)
+    command.add_argument(
+        "--floor",
+        type=float,
+        metavar="SCORE",
+        help="what a pipeline must score to count (default: one point worse than the model as it came)",
+    )
+    command.set_defaults(command=_report)
 
     command = commands.add_parser("show", help="print the ledger of a finished or running folder")
     command.add_argument("directory", type=Path, metavar="DIR")
@@ -107,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_passes)
     return parser
+
+
+def _add_results(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results"),
+        metavar="DIR",
+        help="where NAME.jsonl is (default %(default)s)",
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -176,22 +205,45 @@ def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
 
 
 def _study(options: argparse.Namespace) -> int:
-    found = read_file(options.file).get("study")
-    from stackcomp.studies import Rows, Runner, Study
+    from stackcomp.studies import Rows, Runner
 
-    if not isinstance(found, Study):
-        raise PipelineFileError(f"{options.file} defines no `study`: write study = stackcomp.Study(...)")
-    runner = Runner(
-        study=found,
-        rows=Rows(name=found.name, folder=options.results),
-        out=options.out or Path("out/study") / found.name,
-        only=tuple(options.only),
-        minutes=options.minutes,
-    )
+    study = _declared_study(options.file)
+    rows = Rows(name=study.name, folder=options.results)
+    out = options.out or Path("out/study") / study.name
+    if options.replay is not None:
+        from stackcomp.studies.replay import replay
+
+        found = replay(study, rows, options.replay, options.out or Path("out/replay") / study.name)
+        print(found.words)
+        return 0 if found.same else 1
+    runner = Runner(study=study, rows=rows, out=out, only=tuple(options.only), minutes=options.minutes)
     if options.list:
         print(f"{runner.table()}\n{runner.summary()}")
         return 0
     return 1 if runner.go() else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from stackcomp.studies import Rows
+    from stackcomp.studies.report import write
+
+    study = _declared_study(options.file)
+    rows = Rows(name=study.name, folder=options.results).read()
+    asked = {entry.key: entry for entry in study.entries}
+    ours = [row for row in rows if row["key"] in asked and asked[row["key"]].made(row)]
+    for path in write(study, ours, options.out, options.floor):
+        print(path)
+    return 0
+
+
+def _declared_study(file: Path) -> "Study":
+    """The `study` that a file defines."""
+    from stackcomp.studies import Study
+
+    found = read_file(file).get("study")
+    if not isinstance(found, Study):
+        raise PipelineFileError(f"{file} defines no `study`: write study = stackcomp.Study(...)")
+    return found
 
 
 def _show(options: argparse.Namespace) -> int:

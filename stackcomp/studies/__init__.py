@@ -3,8 +3,9 @@
 Light to import: a study file must be readable without torch.
 """
 
+from stackcomp.studies.combinations import combinations
 from stackcomp.studies.rows import Rows
 from stackcomp.studies.runner import Runner
 from stackcomp.studies.study import Entry, Study
 
-__all__ = ["Entry", "Rows", "Runner", "Study"]
+__all__ = ["Entry", "Rows", "Runner", "Study", "combinations"]

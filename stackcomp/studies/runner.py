@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stackcomp import checkpoint
+from stackcomp.core import manifest
 from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty
 from stackcomp.core.files import locked
 from stackcomp.core.ledger import Ledger
@@ -105,14 +106,15 @@ class Runner:
         }
 
     def summary(self) -> str:
-        """What is done and what remains, in one line."""
+        """What is done and what remains, in one line, and below it why pipelines were left out, if any were."""
         chosen, done = self.chosen(), self.finished()
         ahead = self._forecast()
-        return (
+        line = (
             f"study {self.study.name}: {len(chosen)} entries, {sum(entry.key in done for entry in chosen)} done; "
             f"{sum(ahead.passes.values())} pass runs remain, {ahead.saved} more are saved by shared prefixes; "
             f"time: {ahead.time}"
         )
+        return f"{line}\n{self.study.left_out()}".rstrip()
 
     def table(self) -> str:
         """One line an entry: done, failed or missing."""
@@ -183,7 +185,11 @@ class Runner:
                 self.rows.add({**self._head(entry), "error": said})
             self.tell(f"failed: {entry.key}: {said['type']}: {said['message']}")
             return
-        row = {**self._head(entry), **_body(ledger, latency=entry.latency)}
+        row = {
+            **self._head(entry),
+            **_body(ledger, latency=entry.latency),
+            "file_sha256": manifest.read(self._folder(entry))["files"][checkpoint.WEIGHTS]["sha256"],
+        }
         if known is None:
             self.rows.add(row)
             chosen, finished = self.chosen(), self.finished()

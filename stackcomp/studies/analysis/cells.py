@@ -1,0 +1,244 @@
+"""The rows of a study of combinations, one cell a pipeline: its seeds together.
+
+The baseline of every figure is the model as it came, which each row has as its first step. *File* bytes are those of the
+whole weights file; *encoder* bytes are those of all its tensors but the embeddings.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import exp, factorial, hypot, log, sqrt
+from statistics import fmean, stdev
+
+from scipy.special import stdtrit
+
+from stackcomp.core.errors import StudyRefused
+from stackcomp.studies.rows import Row
+from stackcomp.studies.study import Skipped
+
+LOWER_IS_BETTER = ("perplexity",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value, and half of its 95% interval: 0 where it is exact or its noise is not known."""
+
+    value: float
+    half: float = 0.0
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the interval holds 0."""
+        return abs(self.value) <= self.half
+
+    def __str__(self) -> str:
+        noise = f" ± {self.half:.2f}" if self.half else ""
+        return f"{round(self.value, 2) + 0.0:+.2f}{noise}"  # never -0.00
+
+
+def estimate(values: Sequence[float], noises: Sequence[float]) -> Estimate:
+    """The mean over seeds. Its interval adds, in squares, the spread over seeds (Student's t) and the noise of the
+    examples, which all seeds share: the mean of `noises`."""
+    spread = 0.0
+    if len(values) > 1:
+        spread = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / sqrt(len(values))
+    return Estimate(value=fmean(values), half=hypot(spread, fmean(noises)))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over pipelines: scored on the same examples, it is no less noisy than one of them."""
+    return Estimate(value=fmean(one.value for one in estimates), half=fmean(one.half for one in estimates))
+
+
+def combined(terms: Iterable[tuple[float, Estimate]]) -> Estimate:
+    """The sum of weight times estimate; the noises add in squares, as those of independent figures do. Those of pipelines scored
+    on the same examples are less: the interval is on the safe side."""
+    found = list(terms)
+    return Estimate(
+        value=sum(weight * one.value for weight, one in found),
+        half=hypot(*(weight * one.half for weight, one in found)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One pipeline: its techniques in order, their strengths ("" where there is one), and its finished rows, one a seed."""
+
+    passes: tuple[str, ...]
+    strengths: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """The techniques in order, each with its strength."""
+        named = zip(self.passes, self.strengths, strict=True)
+        return " > ".join(f"{name} {strength}".strip() for name, strength in named) or "dense"
+
+    @cached_property
+    def size_bytes(self) -> float:
+        """Bytes of the weights file."""
+        return fmean(row["size_bytes"] for row in self.rows)
+
+    @cached_property
+    def encoder_bytes(self) -> float:
+        """Bytes of the tensors that are no embeddings."""
+        return fmean(map(_encoder, self.rows))
+
+    @cached_property
+    def score(self) -> float:
+        """On the metric's own scale."""
+        return fmean(row["score"] for row in self.rows)
+
+    @cached_property
+    def change(self) -> Estimate:
+        """Score minus that of the model as it came."""
+        return estimate(
+            [row["difference"] for row in self.rows], [row["difference_noise"] for row in self.rows]
+        )
+
+    @cached_property
+    def log_file(self) -> Estimate:
+        """log(bytes of the file as it came / bytes of the file)."""
+        return _exact([log(row["steps"][0]["size_bytes"] / row["size_bytes"]) for row in self.rows])
+
+    @cached_property
+    def log_encoder(self) -> Estimate:
+        """The same of the encoder."""
+        return _exact([log(_encoder(row["steps"][0]) / _encoder(row)) for row in self.rows])
+
+    @cached_property
+    def log_speed(self) -> Estimate | None:
+        """log(milliseconds of the model as it came / milliseconds); None where it was not timed."""
+        if any(row.get("latency_ratio") is None for row in self.rows):
+            return None
+        return _exact([-log(row["latency_ratio"]) for row in self.rows])
+
+    @property
+    def compression(self) -> float:
+        """Of the file."""
+        return exp(self.log_file.value)
+
+
+def _encoder(row: Row) -> int:
+    return row["size_bytes"] - row["components"]["embeddings"] - row["components"]["header"]
+
+
+def _exact(values: Sequence[float]) -> Estimate:
+    return estimate(values, [0.0] * len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """All finished pipelines of a study, what failed in it, and what was left out as illegal.
+
+    came: the model as it came; dense: what techniques are added to, which is that model with the recovery that every
+    pipeline has, if they have one; cells: the pipelines with techniques.
+    """
+
+    came: Cell
+    dense: Cell
+    cells: tuple[Cell, ...]
+    failed: tuple[Row, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    @staticmethod
+    def of(rows: Iterable[Row], skipped: Iterable[Skipped] = ()) -> "Cells":
+        """The cells of `rows`; those without `passes` among their labels are no combinations and are passed over.
+
+        Raises StudyRefused when no pipeline with a technique has finished, and for rows of several tasks or models.
+        """
+        ours = [row for row in rows if "passes" in row["labels"]]
+        done = [row for row in ours if "error" not in row]
+        for name in ("task", "split", "limit", "model"):
+            if len({str(row[name]) for row in done}) > 1:
+                raise StudyRefused(f"rows of more than one {name} cannot be compared: give those of one")
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Row]] = {}
+        for row in done:
+            key = (tuple(row["labels"]["passes"]), tuple(row["labels"]["strengths"]))
+            groups.setdefault(key, []).append(row)
+        cells = [
+            Cell(passes=passes, strengths=strengths, rows=tuple(found))
+            for (passes, strengths), found in groups.items()
+        ]
+        stacked = tuple(cell for cell in cells if cell.passes)
+        if not stacked:
+            raise StudyRefused("no pipeline of the study has finished yet: run it first")
+        came = Cell(passes=(), strengths=(), rows=tuple(_as_it_came(stacked[0].rows)))
+        dense = next((cell for cell in cells if not cell.passes), came)
+        failed = tuple(row for row in ours if "error" in row)
+        return Cells(came=came, dense=dense, cells=stacked, failed=failed, skipped=tuple(skipped))
+
+    @cached_property
+    def passes(self) -> tuple[str, ...]:
+        """All techniques, in the order of the study."""
+        named = [
+            *(cell.passes for cell in self.cells),
+            *(row["labels"]["passes"] for row in self.failed),
+            *(one.passes for one in self.skipped),
+        ]
+        return tuple(dict.fromkeys(name for names in named for name in names))
+
+    @property
+    def ran(self) -> tuple[Cell, ...]:
+        """All pipelines: those with techniques, and before them the recovery alone, if there is one."""
+        return self.cells if self.dense is self.came else (self.dense, *self.cells)
+
+    @property
+    def metric(self) -> str:
+        """What is scored."""
+        return self.came.rows[0]["metric"]
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, -1 where a lower one is."""
+        return -1 if self.metric in LOWER_IS_BETTER else 1
+
+    def misses(self, cell: Cell, floor: float) -> float:
+        """By how many points of the metric the cell misses the floor; 0 or less where it reaches it."""
+        return self.sign * (floor - cell.score)
+
+    def orders(self, passes: Iterable[str], choice: Mapping[str, str]) -> list[Cell]:
+        """The finished orders of these techniques, each at the strength chosen for it."""
+        return [cell for cell in self.cells if _is_of(cell.passes, cell.strengths, set(passes), choice)]
+
+    def choice(self, best: Cell | None = None) -> dict[str, str]:
+        """A strength for every technique: that of `best` where it has it, else the first one of the study."""
+        found: dict[str, str] = {}
+        for one in [*([best] if best else []), *self.cells, *self.skipped]:
+            for name, strength in zip(one.passes, one.strengths, strict=True):
+                found.setdefault(name, strength)
+        return {name: found.get(name, "") for name in self.passes}
+
+    def missing(self, passes: Iterable[str], choice: Mapping[str, str]) -> str:
+        """Why these techniques have no finished order, in words."""
+        wanted = set(passes)
+        said = " with ".join(name for name in self.passes if name in wanted)
+        for row in self.failed:
+            if _is_of(row["labels"]["passes"], row["labels"]["strengths"], wanted, choice):
+                return f"{said}: failed with {row['error']['type']}: {row['error']['message']}"
+        illegal = [one for one in self.skipped if _is_of(one.passes, one.strengths, wanted, choice)]
+        if len(illegal) == factorial(len(wanted)):
+            return f"{said}: no order is legal: {'; '.join(dict.fromkeys(one.reason for one in illegal))}"
+        return f"{said}: not run yet"
+
+
+def _is_of(
+    passes: Sequence[str], strengths: Sequence[str], wanted: set[str], choice: Mapping[str, str]
+) -> bool:
+    """Whether a pipeline is an order of the wanted techniques at the chosen strengths."""
+    return set(passes) == wanted and all(
+        choice[name] == strength for name, strength in zip(passes, strengths, strict=True)
+    )
+
+
+def _as_it_came(rows: Iterable[Row]) -> list[Row]:
+    """The first step of each row as a row of its own."""
+    return [
+        {
+            **row["steps"][0],
+            "latency_ratio": None if row.get("latency_ratio") is None else 1.0,
+            "seed": row["seed"],
+            "steps": row["steps"][:1],
+        }
+        for row in rows
+    ]

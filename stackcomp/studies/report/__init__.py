@@ -1,0 +1,5 @@
+"""The report of a study of combinations: one HTML file that opens offline, and the same in Markdown."""
+
+from stackcomp.studies.report.content import write
+
+__all__ = ["write"]
