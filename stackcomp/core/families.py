@@ -108,6 +108,19 @@ def word_embedding(family: Family, paths: list[str]) -> str | None:
     return next((path for path in paths if any(fnmatchcase(path, glob) for glob in wanted)), None)
 
 
+def vocabulary(paths: Iterable[str]) -> list[str]:
+    """Of these paths of weights the word embedding and the output heads beside it. Raises UnsupportedModel where no family has such a
+    word embedding."""
+    known = [*paths]
+    words = next((path for family in FAMILIES.values() if (path := word_embedding(family, known))), None)
+    if words is None:
+        raise UnsupportedModel(
+            "the model has no word embedding under a name that is known: add its family to stackcomp/core/families.py"
+        )
+    heads = {head for family in FAMILIES.values() for head in family.tied_heads}
+    return [words, *(path for path in known if path in heads)]
+
+
 def ties_heads(config: Mapping[str, Any]) -> bool:
     """Whether a model of this config ties its output head to the word embedding."""
     heads: list[str] = config.get("architectures") or []

@@ -13,3 +13,6 @@ from .sources import Hub as Hub
 from .sources import Package as Package
 from .sources import Rows as Rows
 from .sources import Source as Source
+from .vocabulary import count_pieces as count_pieces
+from .vocabulary import keep_pieces as keep_pieces
+from .vocabulary import places as places

@@ -10,6 +10,7 @@ from .matrix import StoredMatrix as StoredMatrix
 from .rounded import RoundedMatrix as RoundedMatrix
 from .surgery import factorize as factorize
 from .surgery import keep_layers as keep_layers
+from .surgery import keep_words as keep_words
 from .surgery import quantize as quantize
 from .surgery import round_in_training as round_in_training
 from .surgery import settle as settle

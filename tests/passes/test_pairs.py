@@ -32,7 +32,7 @@ def test_pair(first, second, tmp_path):
     result = manager(tmp_path / "out", tokenizer).run(
         model, pipeline
     )  # compares facts with the contract after each pass
-    batch = toys.batch(tokenizer)
+    batch = toys.batch(result.tokenizer)
     with torch.no_grad():
         logits = result.model(**batch).logits
         assert torch.isfinite(logits).all()
