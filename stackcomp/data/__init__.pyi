@@ -7,6 +7,8 @@ from .calibration import Calibration as Calibration
 from .calibration import CrossMoment as CrossMoment
 from .calibration import SecondMoment as SecondMoment
 from .sensitivity import gradient_moments as gradient_moments
+from .sensitivity import input_importance as input_importance
+from .sensitivity import labelled_batches as labelled_batches
 from .sensitivity import row_importance as row_importance
 from .sources import Files as Files
 from .sources import Hub as Hub

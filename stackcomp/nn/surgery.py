@@ -1,6 +1,6 @@
 """Changing how the weights of a model are stored, and which layers there are, in place.
 
-Every function but `keep_layers` and `keep_words` takes the id of a logical weight and changes all modules that use it; dtype, device,
+Every function but those that keep a part of the model takes the id of a logical weight and changes all modules that use it; dtype, device,
 biases, padding and what trains are kept. Afterwards `model.save_pretrained` writes the new form and `from_pretrained`
 reads it.
 """
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
-from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, CompressedLinear
+from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, take_rows, to_int8, to_low_bit
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
@@ -218,6 +219,15 @@ def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:
     config.vocab_size = len(kept)
 
 
+def keep_neurons(model: "PreTrainedModel", into: Sequence[str], out_of: str, kept: Sequence[int]) -> None:
+    """Leave of the neurons between weights, which are outputs of each of `into` and inputs of `out_of`, those at `kept`, in this order. The
+    caller says so in the config, once it is true of every layer."""
+    handles = weights(model)
+    for id_ in into:
+        _keep_rows(model, handles[id_], kept)
+    _keep_columns(model, handles[out_of], kept)
+
+
 def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
     """Leave of a weight the rows `kept`, and of what its modules have beside it: a bias, and the row that is padding."""
     rows = torch.tensor(kept, device=handle.dense().device)
@@ -230,12 +240,12 @@ def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[in
             module.num_embeddings = len(kept)
             padding = module.padding_idx
             module.padding_idx = kept.index(padding) if padding in kept else None
-        elif isinstance(module, nn.Linear | CompressedLinear):
-            module.out_features = len(kept)
-            if isinstance(module.bias, nn.Parameter) and len(module.bias) == handle.spec.rows:
-                _swap(model, module.bias, module.bias.detach()[rows])
+            continue
+        setattr(module, "nf" if isinstance(module, Conv1D) else "out_features", len(kept))
+        if isinstance(module.bias, nn.Parameter) and len(module.bias) == handle.spec.rows:
+            _swap(model, module.bias, module.bias.detach()[rows])
     if not isinstance(handle.modules[0], CompressedLayer):
-        _swap(model, handle.parameter, handle.parameter.detach()[rows])
+        _swap(model, handle.parameter, handle.oriented(handle.dense()[rows]))
         return
     part = "coefficients" if handle.spec.factored else "weight"
     matrices = _matrices(handle)
@@ -243,9 +253,22 @@ def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[in
     _put(model, replace(handle, spec=replace(handle.spec, rows=len(kept))), matrices, transposed=False)
 
 
+def _keep_columns(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
+    """Leave of a weight in floating point, stored whole, the columns `kept`."""
+    value = handle.dense()[:, torch.tensor(kept, device=handle.dense().device)]
+    for module in handle.modules:
+        setattr(module, "nx" if isinstance(module, Conv1D) else "in_features", len(kept))
+    if not isinstance(handle.modules[0], CompressedLayer):
+        _swap(model, handle.parameter, handle.oriented(value))
+        return
+    whole = store(value, Dense()).requires_grad_(handle.requires_grad)
+    narrower = replace(handle, spec=replace(handle.spec, cols=len(kept)))
+    _put(model, narrower, {"weight": whole}, transposed=False)
+
+
 def _swap(model: "PreTrainedModel", old: nn.Parameter, value: Tensor) -> None:
     """Put a parameter of another shape wherever `old` is: one that is tied stays so."""
-    new = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+    new = nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter is old:
