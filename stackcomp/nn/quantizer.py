@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +125,7 @@ class StackcompQuantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for: only already compressed checkpoints
     quantization_config: StackcompConfig
     _omission: RemovableHandle
-    _expanded: "TemporaryDirectory[str] | None" = None
+    _expanded: "finalize[..., Any] | None" = None  # removes the plain file read in the place of a coded one
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", *, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -137,15 +139,14 @@ class StackcompQuantizer(HfQuantizer):
         if files:
             _check_names(model, files)
         if config.coded and checkpoint_files:
-            self._expanded = TemporaryDirectory()
-            checkpoint_files[:] = [
-                _expand(file, Path(self._expanded.name)) for file in files
-            ]  # what is read from here on
+            folder = Path(mkdtemp())
+            self._expanded = finalize(self, rmtree, folder, ignore_errors=True)  # also where the load fails
+            checkpoint_files[:] = [_expand(file, folder) for file in files]  # what is read from here on
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         self._omission.remove()
         if self._expanded is not None:
-            self._expanded.cleanup()
+            self._expanded()
             self._expanded = None
         _share(model, self.quantization_config.shared)
 
@@ -233,7 +234,7 @@ def _coded(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, T
         written[name] = tensor if found is None else _bytes(found[1])
         if found is not None:
             said[name] = {"dtype": dtype, "shape": [*tensor.shape], "bytes": plain.nbytes, "planes": found[0]}
-    return {**written, coding.LISTING: _bytes(coding.listing(said))}
+    return written | ({coding.LISTING: _bytes(coding.listing(said))} if said else {})
 
 
 def _bytes(content: bytes) -> Tensor:

@@ -18,6 +18,11 @@ from tests.passes.test_conformance import apply, manager
 BLOCKS = "encoder.layer.*"
 
 
+def wide():
+    """A toy large enough to be worth coding."""
+    return toys.classifier("bert", hidden_size=64, intermediate_size=256)
+
+
 def skewed(count, dtype):
     """Values as weights have them, as bytes."""
     return (40 * np.random.default_rng(0).standard_normal(count)).astype(dtype).tobytes()
@@ -28,7 +33,7 @@ def test_any_bytes_come_back(raw, planes):
     assert coding.decode(coding._pack(coding._split(raw, planes)), planes, len(raw)) == raw
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.9), ("float16", 0.9), ("int8", 0.95)])
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.9), ("float16", 0.92), ("int8", 0.95)])
 def test_what_weights_look_like_gets_smaller(dtype, most):
     raw = skewed(20_001, dtype)
     planes, coded = coding.encode(raw, np.dtype(dtype).itemsize)
@@ -57,9 +62,7 @@ def test_noise_stays_as_it_is():
     ],
 )
 def test_the_file_is_smaller_and_holds_the_same(before, tokenizer, tmp_path):
-    result = manager(tmp_path / "out", tokenizer).run(
-        toys.bert_classifier(), sc.Pipeline(before, sc.EntropyCode())
-    )
+    result = manager(tmp_path / "out", tokenizer).run(wide(), sc.Pipeline(before, sc.EntropyCode()))
     _, first, second = sorted((tmp_path / "out" / "steps").iterdir())
     assert result.ledger.rows[2].size_bytes < result.ledger.rows[1].size_bytes
     assert result.ledger.rows[2].size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -77,8 +80,10 @@ def test_tied_weights_are_written_once(family, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     nn.code(model)
     checkpoint.save(model, tmp_path / "coded")
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "coded")]
-    assert sizes[1] < sizes[0]
+    plain, coded = (
+        headers.read_header(tmp_path / name / "model.safetensors")[0] for name in ("plain", "coded")
+    )
+    assert coded.keys() - {coding.LISTING} == plain.keys()
     again = checkpoint.load(tmp_path / "coded")
     assert nn.weights_digest(again) == nn.weights_digest(model)
     assert plan_of(again) == plan_of(model)
@@ -86,15 +91,15 @@ def test_tied_weights_are_written_once(family, tmp_path):
 
 def test_a_file_stays_coded_whatever_follows(tokenizer, tmp_path):
     pipeline = sc.Pipeline(sc.EntropyCode(), sc.Int8Weights(), sc.FineTune(steps=1, batch_size=4))
-    manager(tmp_path / "out", tokenizer).run(toys.bert_classifier(), pipeline)
+    manager(tmp_path / "out", tokenizer).run(wide(), pipeline)
     header, _ = headers.read_header(tmp_path / "out" / "model.safetensors")
     values = header["bert.encoder.layer.0.output.dense.weight.values"]
-    assert (values["dtype"], values["shape"]) == ("I8", [16, 32])
+    assert (values["dtype"], values["shape"]) == ("I8", [64, 256])
     assert values["planes"] == 1
 
 
 def test_it_loads_in_another_dtype(tokenizer, tmp_path):
-    model = toys.bert_classifier()
+    model = wide()
     apply(sc.EntropyCode(), model, tokenizer, tmp_path)
     checkpoint.save(model, tmp_path / "saved")
     half = type(model).from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
@@ -102,7 +107,7 @@ def test_it_loads_in_another_dtype(tokenizer, tmp_path):
 
 
 def test_damage_is_found_without_the_manifest_too(tmp_path):
-    model = toys.bert_classifier()
+    model = wide()
     nn.code(model)
     checkpoint.save(model, tmp_path / "saved")
     path = tmp_path / "saved" / "model.safetensors"
