@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackcomp import checkpoint, metrics, nn
+from stackcomp import checkpoint, data, metrics, nn
 from stackcomp.core import contract, fingerprint
 from stackcomp.core import ledger as ledgers
 from stackcomp.core.context import Context, Progress
@@ -47,9 +47,10 @@ UNTOLD = ("_name_or_path", "transformers_version")  # of a config: where it came
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run gives: the compressed model as it reloads, its ledger, and the folder that holds both."""
+    """What a run gives: the compressed model as it reloads, the tokenizer it reads from, its ledger, and the folder that holds them."""
 
     model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
     ledger: Ledger
     directory: Path
 
@@ -111,7 +112,10 @@ class Run:
                 ledger = ledger.with_row(replace(self._row(step), measured=self._measured(step)))
             write_atomic(self.out / "ledger.json", json.dumps(ledger.to_json(), indent=1))
         self._publish(ledger)
-        return Result(model=self._load(len(self.passes)), ledger=ledger, directory=self.out)
+        last = len(self.passes)
+        return Result(
+            model=self._load(last), tokenizer=self._tokenizer(last), ledger=ledger, directory=self.out
+        )
 
     # fingerprints and what is finished
 
@@ -192,9 +196,10 @@ class Run:
         with metrics.PeakMemory() as memory:
             if step == 0:
                 model = copy.deepcopy(self.source)  # saving writes to its config
+                tokenizer = self.tokenizer
             else:
-                model = self._load(step - 1)
-                findings = self._apply(step, model)
+                model, tokenizer = self._load(step - 1), self._tokenizer(step - 1)
+                findings = self._apply(step, model, tokenizer)
                 contract.verify(self.passes[step - 1], self.plans[step], plan_of(model))
         row = Row(
             step=step,
@@ -212,7 +217,7 @@ class Run:
         checkpoint.save(
             model,
             self._folder(step),
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             recipe={
                 "pipeline": repr(Pipeline(*self.passes[:step])),
                 "seed": self.seed,
@@ -226,7 +231,9 @@ class Run:
         )
         shutil.rmtree(self._scratch(step), ignore_errors=True)
 
-    def _apply(self, step: int, model: "PreTrainedModel") -> Findings:
+    def _apply(
+        self, step: int, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None"
+    ) -> Findings:
         import torch
 
         item, mark = self.passes[step - 1], self._chain[step]
@@ -248,8 +255,8 @@ class Run:
             scratch=scratch,
             device=self.device,
             task=self.task,
-            tokenizer=self.tokenizer,
-            teacher=lambda: self._load(0),
+            tokenizer=tokenizer,
+            teacher=lambda: self._teacher(tokenizer),
             calibration=self._calibration,
             progress=self._progress,
         )
@@ -270,17 +277,14 @@ class Run:
         model = self._dense if step == 0 else self._load(step)
         found = Measured()
         if self.task is not None:
-            score = self._dense_score if step == 0 else self._score(model)
-            difference = metrics.paired_difference(self._dense_score, score)
+            tokenizer = self._tokenizer(step)
+            score = self._dense_score if step == 0 else self._score(model, tokenizer)
             found = replace(
-                found,
-                metric=score.metric,
-                score=score.value,
-                noise=score.noise,
-                examples=score.n,
-                difference=difference.value,
-                difference_noise=difference.noise,
+                found, metric=score.metric, score=score.value, noise=score.noise, examples=score.n
             )
+            if self.task.kind != "language_modelling" or self._kept(tokenizer) is None:
+                difference = metrics.paired_difference(self._dense_score, score)
+                found = replace(found, difference=difference.value, difference_noise=difference.noise)
         if how.latency:
             inputs = metrics.latency_inputs(model, batch=how.latency_batch, length=how.latency_length)
             took = metrics.latency(model, self._dense, inputs, repeats=how.latency_repeats)
@@ -308,7 +312,7 @@ class Run:
         path = self._notes(0) / f"outcomes-{self._way}.json"
         outcomes = _noted(path)
         if outcomes is None:
-            score = self._score(self._dense)
+            score = self._score(self._dense, self._tokenizer(0))
             _note(path, score.outcomes.tolist())
             return score
         return metrics.score_of(np.array(outcomes), self.task.metric)
@@ -318,13 +322,13 @@ class Run:
         """Digest of what a measurement depends on beside the model."""
         return fingerprint.digest([asdict(self.measuring), self._data_digest, self._machine])
 
-    def _score(self, model: "PreTrainedModel") -> "Score":
+    def _score(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> "Score":
         how = self.measuring
         assert self.task is not None
-        assert self.tokenizer is not None
+        assert tokenizer is not None
         return metrics.evaluate(
             model,
-            self.tokenizer,
+            tokenizer,
             self.task,
             split=how.split,
             limit=how.limit,
@@ -338,6 +342,24 @@ class Run:
     def _load(self, step: int) -> "PreTrainedModel":
         model: Any = checkpoint.load(self._folder(step))
         return model.to(self.device)
+
+    def _tokenizer(self, step: int) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer that the model of `step` reads from, as it reloads."""
+        return None if self.tokenizer is None else type(self.tokenizer).from_pretrained(self._folder(step))
+
+    def _teacher(self, tokenizer: "PreTrainedTokenizerBase | None") -> "PreTrainedModel":
+        """The model as it came, with the vocabulary of `tokenizer`."""
+        model, kept = self._load(0), self._kept(tokenizer)
+        if kept is not None:
+            nn.keep_words(model, kept)
+        return model
+
+    def _kept(self, tokenizer: "PreTrainedTokenizerBase | None") -> list[int] | None:
+        """The ids that the words of `tokenizer` had in the model as it came; None where these are all it had."""
+        whole = self.tokenizer
+        if whole is None or tokenizer is None or tokenizer.get_vocab() == whole.get_vocab():
+            return None
+        return data.places(tokenizer, whole)
 
     def _folder(self, step: int) -> Path:
         if self.cache is not None:

@@ -30,7 +30,8 @@ class Context:
 
     targets: ids of the weights it may change, in model order; seed: of every random choice; scratch: a
     private folder that lives until the pass has finished, where a training pass keeps what it resumes from;
-    teacher: loads the model as it came, when first called; calibration: unlabelled sentences.
+    tokenizer: what the model reads from; a pass that changes the vocabulary changes it in place, as it does the model; teacher: loads the
+    model as it came, when first called, with the vocabulary of `tokenizer`; calibration: unlabelled sentences, so many or all there are.
     """
 
     targets: tuple[str, ...]

@@ -13,6 +13,16 @@ from stackcomp.core.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """The feed-forward part of a layer: the weights `into` its neurons, the one `out_of` them (paths inside the layer), and what the
+    config calls their number."""
+
+    into: tuple[str, ...]
+    out_of: str
+    size: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family: the base model's attribute in a model with a head, its embeddings, and its output heads
     tied to the first of them.
@@ -25,10 +35,14 @@ class Family:
     blocks: str
     embeddings: tuple[str, ...]
     tied_heads: tuple[str, ...]
+    feed_forward: FeedForward
     stored_transposed: tuple[str, ...] = ()
 
 
 _BERT_EMBEDDINGS = ("embeddings.*_embeddings",)
+_BERT_FEED_FORWARD = FeedForward(
+    into=("intermediate.dense",), out_of="output.dense", size="intermediate_size"
+)
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
@@ -36,30 +50,35 @@ FAMILIES: dict[str, Family] = {
         blocks="encoder.layer.*",
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("cls.predictions.decoder",),
+        feed_forward=_BERT_FEED_FORWARD,
     ),
     "distilbert": Family(
         prefix="distilbert",
         blocks="transformer.layer.*",
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("vocab_projector",),
+        feed_forward=FeedForward(into=("ffn.lin1",), out_of="ffn.lin2", size="hidden_dim"),
     ),
     "roberta": Family(
         prefix="roberta",
         blocks="encoder.layer.*",
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("lm_head.decoder",),
+        feed_forward=_BERT_FEED_FORWARD,
     ),
     "mpnet": Family(
         prefix="mpnet",
         blocks="encoder.layer.*",
         embeddings=(*_BERT_EMBEDDINGS, "encoder.relative_attention_bias"),
         tied_heads=("lm_head.decoder",),
+        feed_forward=_BERT_FEED_FORWARD,
     ),
     "gpt2": Family(
         prefix="transformer",
         blocks="h.*",
         embeddings=("wte", "wpe"),
         tied_heads=("lm_head",),
+        feed_forward=FeedForward(into=("mlp.c_fc",), out_of="mlp.c_proj", size="n_inner"),
         stored_transposed=("h.*.c_attn", "h.*.c_proj", "h.*.c_fc", "h.*.q_attn"),
     ),
     "llama": Family(
@@ -67,6 +86,9 @@ FAMILIES: dict[str, Family] = {
         blocks="layers.*",
         embeddings=("embed_tokens",),
         tied_heads=("lm_head",),
+        feed_forward=FeedForward(
+            into=("mlp.gate_proj", "mlp.up_proj"), out_of="mlp.down_proj", size="intermediate_size"
+        ),
     ),
 }
 
@@ -102,10 +124,37 @@ def stack_of(paths: Iterable[str]) -> Stack:
     )
 
 
+def feed_forward_of(paths: Iterable[str]) -> tuple[Stack, FeedForward]:
+    """The stack that these paths of weights are in, and the feed-forward part of its layers. Raises UnsupportedModel where no family has
+    such paths."""
+    known = [*paths]
+    stack = stack_of(known)
+    inside = {place[1] for path in known if (place := stack.split(path))}
+    for family in FAMILIES.values():
+        if {*family.feed_forward.into, family.feed_forward.out_of} <= inside:
+            return stack, family.feed_forward
+    raise UnsupportedModel(
+        f"the layers at {stack.path} have no feed-forward part of a known family: add it to stackcomp/core/families.py"
+    )
+
+
 def word_embedding(family: Family, paths: list[str]) -> str | None:
     """The path of the word embedding, to which output heads are tied."""
     wanted = [glob.replace("*_embeddings", "word_embeddings") for glob in family.embeddings[:1]]
     return next((path for path in paths if any(fnmatchcase(path, glob) for glob in wanted)), None)
+
+
+def vocabulary(paths: Iterable[str]) -> list[str]:
+    """Of these paths of weights the word embedding and the output heads beside it. Raises UnsupportedModel where no family has such a
+    word embedding."""
+    known = [*paths]
+    words = next((path for family in FAMILIES.values() if (path := word_embedding(family, known))), None)
+    if words is None:
+        raise UnsupportedModel(
+            "the model has no word embedding under a name that is known: add its family to stackcomp/core/families.py"
+        )
+    heads = {head for family in FAMILIES.values() for head in family.tied_heads}
+    return [words, *(path for path in known if path in heads)]
 
 
 def ties_heads(config: Mapping[str, Any]) -> bool:

@@ -3,12 +3,14 @@ imported."""
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from stackcomp.core import coding
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.families import FAMILIES, Family, ties_heads, word_embedding
 from stackcomp.core.plan import Plan
@@ -20,7 +22,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and the bytes it takes, its length word included.
+    """The JSON header of a safetensors file, coded tensors as what they stand for, and the bytes it takes, its length word included.
 
     Raises CheckpointError for a file that is cut short or no safetensors file.
     """
@@ -44,7 +46,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(
             f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again"
         )
-    return header, 8 + length
+    return (_decoded(path, header, 8 + length) if coding.LISTING in header else header), 8 + length
+
+
+def _decoded(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Any]:
+    """The header with coded tensors as what they stand for; `start`: where the data begin."""
+    first, last = header[coding.LISTING]["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(start + first)
+        listed = file.read(last - first)
+    try:
+        return coding.described(header, listed)
+    except (ValueError, zlib.error) as error:
+        raise CheckpointError(
+            f"{path}: damaged list of its coded tensors ({error}); copy or save it again"
+        ) from error
 
 
 def plan_of(directory: str | Path) -> Plan:

@@ -93,7 +93,8 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
-        """Change the weights `context.targets` of `model` in place; return what the ledger should keep."""
+        """Change the weights `context.targets` of `model` in place, and `context.tokenizer` with them where ids change; return what the
+        ledger should keep."""
 
     def flat(self) -> "tuple[Pass, ...]":
         """The passes to run, in order: this one."""

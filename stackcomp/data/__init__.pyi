@@ -7,9 +7,14 @@ from .calibration import Calibration as Calibration
 from .calibration import CrossMoment as CrossMoment
 from .calibration import SecondMoment as SecondMoment
 from .sensitivity import gradient_moments as gradient_moments
+from .sensitivity import input_importance as input_importance
+from .sensitivity import labelled_batches as labelled_batches
 from .sensitivity import row_importance as row_importance
 from .sources import Files as Files
 from .sources import Hub as Hub
 from .sources import Package as Package
 from .sources import Rows as Rows
 from .sources import Source as Source
+from .vocabulary import count_pieces as count_pieces
+from .vocabulary import keep_pieces as keep_pieces
+from .vocabulary import places as places

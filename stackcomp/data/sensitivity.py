@@ -11,16 +11,22 @@ for numbers that of the number; for plain encoders that of the normalised mean e
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stackcomp.core.context import Progress, quiet
+from stackcomp.data.batches import Collator, inference_batches, lengths_of
 from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
 from stackcomp.nn import WeightHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stackcomp.data.task import Task
 
 PROBES = 1  # random draws a batch: many texts say more than many draws
 
@@ -98,6 +104,53 @@ def row_importance(
     return {id_: total / count for id_, total in sums.items()}
 
 
+def labelled_batches(
+    task: "Task",
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int,
+    *,
+    batch_size: int,
+    label: str,
+    progress: Progress = quiet,
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of a fixed random subset of the training examples, longest first, under a bar with this label."""
+    encoded = task.encode(tokenizer, "train", limit)
+    rows = encoded.to_list()
+    order = inference_batches(lengths_of(encoded[:]), batch_size=batch_size)
+    collate = Collator(tokenizer)
+    for batch in progress(order, label=label, total=len(order)):
+        yield collate([rows[i] for i in batch])
+
+
+def input_importance(
+    model: nn.Module,
+    modules: Mapping[str, Modules],
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """I (m) of the m input features of each module: I_j = E |sum_t x_tj dL/dx_tj|, over the tokens t of an example.
+
+    To first order this is what the loss L of an example changes by when feature j is zero at all its tokens (Molchanov et al., arXiv
+    1611.06440; with a head's features together: Michel et al., arXiv 1905.10650). Of several modules under one name, which use one weight,
+    the importances are added. `loss` is the mean of a batch. The model runs without dropout and is left as it was.
+    """
+    sums: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
+    examples = 0
+    device = next(model.parameters()).device
+    with _open(model, modules, inputs, of_inputs=True):
+        for batch in batches:
+            inputs.clear()
+            found = loss(model, {key: part.to(device) for key, part in batch.items()})
+            named = [(name, x) for name, several in inputs.items() for x in several]
+            gradients = torch.autograd.grad(found, [x for _, x in named])
+            for (name, x), gradient in zip(named, gradients, strict=True):
+                change = (x.detach() * gradient).float().sum(1).abs().sum(0) * len(x)
+                sums[name] = sums[name] + change if name in sums else change
+            examples += len(batch["input_ids"])
+    return {name: total / examples for name, total in sums.items()}
+
+
 def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """A random scalar of what the model says, whose gradients have the moment wanted."""
     if "start_logits" in said:
@@ -134,13 +187,17 @@ def _real(gradient: Tensor, mask: Tensor) -> Tensor:
 
 @contextmanager
 def _open(
-    model: nn.Module, modules: Mapping[str, Modules], outputs: dict[str, list[Tensor]]
+    model: nn.Module,
+    modules: Mapping[str, Modules],
+    kept: dict[str, list[Tensor]],
+    *,
+    of_inputs: bool = False,
 ) -> Iterator[None]:
-    """Run with a graph from the embeddings on, keeping the outputs of `modules`; nothing accumulates in parameters."""
+    """Run with a graph from the embeddings on, keeping the outputs of `modules`, or their inputs; nothing accumulates in parameters."""
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs.setdefault(name, []).append(output)
+            kept.setdefault(name, []).append(inputs[0] if of_inputs else output)
 
         return hook
 

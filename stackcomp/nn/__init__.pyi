@@ -7,9 +7,12 @@ from .layers import CompressedEmbedding as CompressedEmbedding
 from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear
 from .matrix import StoredMatrix as StoredMatrix
+from .quantizer import code as code
 from .rounded import RoundedMatrix as RoundedMatrix
 from .surgery import factorize as factorize
 from .surgery import keep_layers as keep_layers
+from .surgery import keep_neurons as keep_neurons
+from .surgery import keep_words as keep_words
 from .surgery import quantize as quantize
 from .surgery import round_in_training as round_in_training
 from .surgery import settle as settle

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackcomp.core.errors import UnsupportedModel
+from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
 from stackcomp.ops import low_bit, quantize, supports
 
@@ -454,6 +454,28 @@ def to_low_bit(
         rounded.values.copy_(low_bit.pack_bits(codes.flatten(), bits))
         rounded.scales.copy_(scales.flatten())
     return _as(matrix, rounded)
+
+
+def take_rows(matrix: StoredMatrix, rows: Int64[Tensor, " n"]) -> StoredMatrix:
+    """The matrix of these rows of a dense one, as they are stored. Raises SettingError where entries are missing: rows of such a
+    matrix may share a scale."""
+    form = matrix.spec
+    if not isinstance(form.layout, Dense):
+        raise SettingError(
+            f"rows of a matrix that is {form.layout.kind} cannot be taken: take them while it is dense"
+        )
+    taken = StoredMatrix(replace(form, rows=len(rows)), device=matrix.device, dtype=matrix.dtype)
+    with torch.no_grad():
+        if form.packed:
+            codes = low_bit.unpack_bits(matrix.values, form.bits, form.count).view(form.lines)[rows]
+            taken.values.copy_(low_bit.pack_bits(codes.flatten(), form.bits))
+        else:
+            taken.values.copy_(matrix.values[rows])
+        if matrix.scales is not None and taken.scales is not None:
+            apart = form.packed or form.scale_axis == 0
+            scales = matrix.scales.view(form.rows, -1)[rows].flatten() if apart else matrix.scales
+            taken.scales.copy_(scales)
+    return taken.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))
 
 
 def _as(matrix: StoredMatrix, rounded: StoredMatrix) -> StoredMatrix:

@@ -10,8 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.quantizers.auto import (
@@ -22,7 +26,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from stackcomp.core import manifest
+from stackcomp.core import coding, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.headers import read_header
 from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
@@ -36,6 +40,16 @@ if TYPE_CHECKING:
 METHOD = "stackcomp"
 FORMAT = 1
 MAX_NAMED = 3  # tensors named in a message
+_DTYPE_NAMES = {  # as safetensors write them, of the tensors that may be coded
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 class StackcompConfig(QuantizationConfigMixin):
@@ -43,7 +57,7 @@ class StackcompConfig(QuantizationConfigMixin):
 
     weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared:
     names of tensors that are other names of another tensor, and which (layers shared by name, plain weights
-    that several layers use; paths relative to the base model).
+    that several layers use; paths relative to the base model); coded: whether tensors are written entropy coded.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class StackcompConfig(QuantizationConfigMixin):
         weights: Mapping[str, Any],
         dtype: str,
         shared: Mapping[str, str] | None = None,
+        coded: bool = False,
         format: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
@@ -64,6 +79,7 @@ class StackcompConfig(QuantizationConfigMixin):
         self.dtype = dtype
         self.weights = {id_: dict(spec) for id_, spec in weights.items()}
         self.shared = dict(shared or {})
+        self.coded = coded
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -84,10 +100,12 @@ class StackcompConfig(QuantizationConfigMixin):
         """The config of the model as it is now."""
         specs = compressed(model)
         stored = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+        known = getattr(model.config, "quantization_config", None)
         return cls(
             weights={spec.id: spec.to_json() for spec in specs},
             dtype=CODINGS[stored[0]],
             shared={relative(model, name): relative(model, first) for name, first in _shared(model).items()},
+            coded=isinstance(known, StackcompConfig) and known.coded,
         )
 
     def specs(self) -> list[WeightSpec]:
@@ -107,6 +125,7 @@ class StackcompQuantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for: only already compressed checkpoints
     quantization_config: StackcompConfig
     _omission: RemovableHandle
+    _expanded: "finalize[..., Any] | None" = None  # removes the plain file read in the place of a coded one
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", *, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -119,9 +138,16 @@ class StackcompQuantizer(HfQuantizer):
         self._omission = model.register_state_dict_post_hook(_Omit(frozenset(_pairs(model, config.shared))))
         if files:
             _check_names(model, files)
+        if config.coded and checkpoint_files:
+            folder = Path(mkdtemp())
+            self._expanded = finalize(self, rmtree, folder, ignore_errors=True)  # also where the load fails
+            checkpoint_files[:] = [_expand(file, folder) for file in files]  # what is read from here on
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         self._omission.remove()
+        if self._expanded is not None:
+            self._expanded()
+            self._expanded = None
         _share(model, self.quantization_config.shared)
 
     def get_state_dict_and_metadata(
@@ -130,7 +156,8 @@ class StackcompQuantizer(HfQuantizer):
         """What `save_pretrained` writes: each tensor once. Brings the config up to date with the model first."""
         self.quantization_config = model.config.quantization_config = StackcompConfig.of(model)
         twice = _shared(model)
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in twice}, {}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
+        return _coded(model, state) if self.quantization_config.coded else state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -175,11 +202,50 @@ def attach(model: "PreTrainedModel") -> None:
         setattr(model, name, value)
 
 
+def code(model: "PreTrainedModel") -> None:
+    """Let `model.save_pretrained` write tensors entropy coded from now on, also once the model has been loaded again."""
+    attach(model)
+    model.config.quantization_config.coded = True  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
 def compressed(model: "PreTrainedModel") -> list[WeightSpec]:
     """The specs of the compressed weights of a model."""
     return [
         handle.spec for handle in weights(model).values() if isinstance(handle.modules[0], CompressedLayer)
     ]
+
+
+def _coded(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to write, coded where that pays, and a list of these. A tied one is written once: of two that are coded `transformers`
+    would not see that they are one."""
+    tied = model.all_tied_weights_keys
+    written: dict[str, Tensor] = {}
+    said: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if tied.get(name) in state:
+            continue
+        dtype = _DTYPE_NAMES.get(tensor.dtype)
+        plain = tensor.detach().cpu().contiguous()
+        found = (
+            coding.encode(plain.view(-1).view(torch.uint8).numpy().tobytes(), tensor.element_size())
+            if dtype
+            else None
+        )
+        written[name] = tensor if found is None else _bytes(found[1])
+        if found is not None:
+            said[name] = {"dtype": dtype, "shape": [*tensor.shape], "bytes": plain.nbytes, "planes": found[0]}
+    return written | ({coding.LISTING: _bytes(coding.listing(said))} if said else {})
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _expand(file: Path, folder: Path) -> str:
+    """The plain file that a coded one stands for, in `folder`."""
+    entries, start = read_header(file)
+    coding.expand(file, entries, start, folder / file.name)
+    return str(folder / file.name)
 
 
 def _makes_sense(spec: WeightSpec) -> bool:
@@ -273,7 +339,9 @@ def _check_names(model: "PreTrainedModel", files: list[Path]) -> None:
     with a head), and may have a new head to train; but what is stored of a compressed weight, and of the base
     model, must be there.
     """
-    found = _renamed(model, {name: entry for file in files for name, entry in read_header(file)[0].items()})
+    stored = {name: entry for file in files for name, entry in read_header(file)[0].items()}
+    stored.pop(coding.LISTING, None)
+    found = _renamed(model, stored)
     expected = model.state_dict()
     tied = model.all_tied_weights_keys
     same_class = type(model).__name__ in (model.config.architectures or [])

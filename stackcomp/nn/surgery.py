@@ -1,22 +1,24 @@
 """Changing how the weights of a model are stored, and which layers there are, in place.
 
-Every function but `keep_layers` takes the id of a logical weight and changes all modules that use it; dtype, device, biases,
-padding and what trains are kept. Afterwards `model.save_pretrained` writes the new form and `from_pretrained`
+Every function but those that keep a part of the model takes the id of a logical weight and changes all modules that use it; dtype, device,
+biases, padding and what trains are kept. Afterwards `model.save_pretrained` writes the new form and `from_pretrained`
 reads it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
-from stackcomp.nn.layers import CompressedLayer
-from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, to_int8, to_low_bit
+from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
+from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, take_rows, to_int8, to_low_bit
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
@@ -186,6 +188,91 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
         used = [module for module in handle.modules if isinstance(module, CompressedLayer)]
         if used and not any(module.owner for module in used):  # the layer that held the matrices is gone
             put(model, handle.spec, used[0].matrices)
+
+
+def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:
+    """Leave of the vocabulary of a model the words with the ids `kept`, in this order, numbered anew, and say so in the config: rows of
+    the word embedding and of an output head go, and of the head's bias.
+
+    Raises UnsupportedModel for a factored embedding whose rows are not stored side by side, and where positions are counted from the id
+    of the padding and this id changes.
+    """
+    config: Any = model.config
+    ids = {old: new for new, old in enumerate(kept)}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    handles = [handle for handle in weights(model).values() if {*handle.modules} & {*ends}]
+    padding = config.pad_token_id
+    if ids.get(padding, padding) != padding:
+        for id_, handle in weights(model).items():
+            if handle not in handles and getattr(handle.modules[0], "padding_idx", None) is not None:
+                raise UnsupportedModel(
+                    f"{id_}: positions are counted from the id of the padding, {padding}: keep all words before it, too"
+                )
+    for handle in handles:
+        _keep_rows(model, handle, kept)
+    for holder in (config, model.generation_config) if model.can_generate() else (config,):
+        for name, value in list(vars(holder).items()):
+            if name.endswith("_token_id") and value is not None:
+                several = value if isinstance(value, list) else [value]
+                found = [ids[old] for old in several if old in ids]
+                setattr(holder, name, found if isinstance(value, list) else next(iter(found), None))
+    config.vocab_size = len(kept)
+
+
+def keep_neurons(model: "PreTrainedModel", into: Sequence[str], out_of: str, kept: Sequence[int]) -> None:
+    """Leave of the neurons between weights, which are outputs of each of `into` and inputs of `out_of`, those at `kept`, in this order. The
+    caller says so in the config, once it is true of every layer."""
+    handles = weights(model)
+    for id_ in into:
+        _keep_rows(model, handles[id_], kept)
+    _keep_columns(model, handles[out_of], kept)
+
+
+def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
+    """Leave of a weight the rows `kept`, and of what its modules have beside it: a bias, and the row that is padding."""
+    rows = torch.tensor(kept, device=handle.dense().device)
+    if handle.spec.factored and handle.spec.transposed:
+        raise UnsupportedModel(
+            f"{handle.spec.id}: rows of W^T = S D are not stored side by side; leave it out with skip="
+        )
+    for module in handle.modules:
+        if isinstance(module, nn.Embedding | CompressedEmbedding):
+            module.num_embeddings = len(kept)
+            padding = module.padding_idx
+            module.padding_idx = kept.index(padding) if padding in kept else None
+            continue
+        setattr(module, "nf" if isinstance(module, Conv1D) else "out_features", len(kept))
+        if isinstance(module.bias, nn.Parameter) and len(module.bias) == handle.spec.rows:
+            _swap(model, module.bias, module.bias.detach()[rows])
+    if not isinstance(handle.modules[0], CompressedLayer):
+        _swap(model, handle.parameter, handle.oriented(handle.dense()[rows]))
+        return
+    part = "coefficients" if handle.spec.factored else "weight"
+    matrices = _matrices(handle)
+    matrices = {**matrices, part: take_rows(matrices[part], rows)}
+    _put(model, replace(handle, spec=replace(handle.spec, rows=len(kept))), matrices, transposed=False)
+
+
+def _keep_columns(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
+    """Leave of a weight in floating point, stored whole, the columns `kept`."""
+    value = handle.dense()[:, torch.tensor(kept, device=handle.dense().device)]
+    for module in handle.modules:
+        setattr(module, "nx" if isinstance(module, Conv1D) else "in_features", len(kept))
+    if not isinstance(handle.modules[0], CompressedLayer):
+        _swap(model, handle.parameter, handle.oriented(value))
+        return
+    whole = store(value, Dense()).requires_grad_(handle.requires_grad)
+    narrower = replace(handle, spec=replace(handle.spec, cols=len(kept)))
+    _put(model, narrower, {"weight": whole}, transposed=False)
+
+
+def _swap(model: "PreTrainedModel", old: nn.Parameter, value: Tensor) -> None:
+    """Put a parameter of another shape wherever `old` is: one that is tied stays so."""
+    new = nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter is old:
+                setattr(module, name, new)
 
 
 def _rounded(

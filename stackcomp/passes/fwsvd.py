@@ -99,12 +99,12 @@ class FWSVD(Pass):
         """I of every weight."""
         assert context.task is not None
         assert context.tokenizer is not None
-        encoded = context.task.encode(context.tokenizer, "train", self.samples)
-        rows = encoded.to_list()
-        order = data.inference_batches(data.lengths_of(encoded[:]), batch_size=self.batch_size)
-        collate = data.Collator(context.tokenizer)
-        seen = context.progress(order, label="Fisher", total=len(order))
-        loss = training.TaskLoss(task=context.task)
-        return data.row_importance(
-            model, handles, (collate([rows[i] for i in batch]) for batch in seen), loss
+        batches = data.labelled_batches(
+            context.task,
+            context.tokenizer,
+            self.samples,
+            batch_size=self.batch_size,
+            label="Fisher",
+            progress=context.progress,
         )
+        return data.row_importance(model, handles, batches, training.TaskLoss(task=context.task))

@@ -98,7 +98,7 @@ def test_the_input_is_untouched_and_the_result_is_what_reloads(step, model, toke
     result = manager(tmp_path / "out", tokenizer).run(model, led(step, model))
     assert nn.weights_digest(model) == before
     assert model.training == training
-    batch = toys.batch(tokenizer)
+    batch = toys.batch(result.tokenizer)
     with torch.no_grad():
         assert torch.equal(checkpoint.load(tmp_path / "out")(**batch).logits, result.model(**batch).logits)
         assert torch.isfinite(result.model(**batch).logits).all()

@@ -37,7 +37,7 @@ def test_pair(first, second, tmp_path, cache):
         return
     # compares facts with the contract after each pass
     result = manager(tmp_path / "out", tokenizer, cache=cache).run(model, pipeline)
-    batch = toys.batch(tokenizer)
+    batch = toys.batch(result.tokenizer)
     with torch.no_grad():
         logits = result.model(**batch).logits
         assert torch.isfinite(logits).all()
