@@ -7,10 +7,14 @@ from .layers import CompressedEmbedding as CompressedEmbedding
 from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear
 from .matrix import StoredMatrix as StoredMatrix
+from .products import Product as Product
+from .products import products as products
 from .rounded import RoundedMatrix as RoundedMatrix
 from .surgery import factorize as factorize
 from .surgery import keep_layers as keep_layers
+from .surgery import prune as prune
 from .surgery import quantize as quantize
+from .surgery import round_columns as round_columns
 from .surgery import round_in_training as round_in_training
 from .surgery import settle as settle
 from .surgery import share as share

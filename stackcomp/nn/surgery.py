@@ -17,6 +17,7 @@ from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, to_int8, to_low_bit
+from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask = Callable[[Tensor], Tensor]
+Prune = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def factorize(
@@ -87,10 +89,30 @@ def sparsify(
     for part, matrix in matrices.items():
         if isinstance(matrix.spec.layout, Dense) and not matrix.spec.integers:
             values = matrix.dense().detach()
-            kept: Bool[Tensor, "rows cols"] = mask(values)
-            layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
-            matrices[part] = store(values, layout, kept)
-            matrices[part].requires_grad_(matrix.values.requires_grad)
+            matrices[part] = _sparse(matrix, values, mask(values), groups)
+    _put(model, handle, matrices, transposed=handle.spec.transposed)
+
+
+def prune(
+    model: "PreTrainedModel",
+    id_: str,
+    choose: Prune,
+    *,
+    moment: Float[Tensor, "m m"],
+    groups: tuple[int, int] | None = None,
+) -> None:
+    """The same with a view to the inputs of a linear weight, of second moment `moment`.
+
+    `choose(weight, moment)` gives new values of a weight (n x m) and a boolean of its shape, which of them to keep; it is asked for
+    every product that the weight is made of, with the moment of what flows into it.
+    """
+    handle = weights(model)[id_]
+    matrices = dict(_matrices(handle))
+    for product in products(handle.spec, matrices, moment):
+        parts = product.split(product.matrix.dense().detach().float())
+        found = [choose(part, inputs) for part, inputs in zip(parts, product.moments, strict=True)]
+        values, kept = (product.join(torch.stack(each)) for each in zip(*found, strict=True))
+        matrices[product.part] = _sparse(product.matrix, values.to(product.matrix.dtype), kept, groups)
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
@@ -131,6 +153,26 @@ def round_in_training(
     }
     _put(model, handle, before | learning, transposed=handle.spec.transposed)
     return list(learning.values())
+
+
+def round_columns(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    moment: Float[Tensor, "m m"],
+    bits: int,
+    group: int | None,
+    damping: float,
+    ordered: bool,
+) -> None:
+    """As `quantize`, for a linear weight whose inputs have the second moment `moment`: of every product that it is made of, values
+    that are rounded later make up for the errors of those before (see `RoundedMatrix.round_columns`)."""
+    round_in_training(model, id_, bits=bits, group=group)
+    handle = weights(model)[id_]
+    for product in products(handle.spec, _matrices(handle), moment):
+        if isinstance(product.matrix, RoundedMatrix):
+            product.matrix.round_columns(product, damping=damping, ordered=ordered)
+    settle(model, id_)
 
 
 def settle(model: "PreTrainedModel", id_: str) -> None:
@@ -186,6 +228,17 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
         used = [module for module in handle.modules if isinstance(module, CompressedLayer)]
         if used and not any(module.owner for module in used):  # the layer that held the matrices is gone
             put(model, handle.spec, used[0].matrices)
+
+
+def _sparse(
+    matrix: StoredMatrix,
+    values: Float[Tensor, "rows cols"],
+    kept: Bool[Tensor, "rows cols"],
+    groups: tuple[int, int] | None,
+) -> StoredMatrix:
+    """`values` in the place of `matrix`, of them those that are `kept`."""
+    layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
+    return store(values, layout, kept).requires_grad_(matrix.values.requires_grad)
 
 
 def _rounded(
