@@ -156,6 +156,25 @@ class Calibration:
         _warn_if_short(result)
         return result
 
+    def largest_inputs(
+        self, model: nn.Module, modules: Mapping[str, Modules], *, progress: Progress = quiet
+    ) -> dict[str, Tensor]:
+        """max |x_j| over the text for every input j of each module (m), by name, in float32. Modules and errors as in
+        `second_moments`."""
+        largest: dict[str, Tensor] = {}
+        count = dict.fromkeys(modules, 0)
+
+        def listen(name: str, x: Tensor, ticket: int) -> None:
+            found = x.abs().amax(0)
+            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+            count[name] += x.shape[0]
+
+        with _running(model), _Listening(modules, listen) as listening:
+            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+                listening.run(model, batch)
+        _refuse_unreached(count)
+        return largest
+
     def cross_moments(
         self,
         reference: nn.Module,

@@ -14,6 +14,7 @@ from .surgery import factorize as factorize
 from .surgery import keep_layers as keep_layers
 from .surgery import prune as prune
 from .surgery import quantize as quantize
+from .surgery import rescale as rescale
 from .surgery import round_columns as round_columns
 from .surgery import round_in_training as round_in_training
 from .surgery import settle as settle

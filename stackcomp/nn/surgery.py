@@ -198,6 +198,26 @@ def share(model: "PreTrainedModel", ids: Sequence[str], value: Float[Tensor, "ro
     attach(model)
 
 
+def rescale(
+    model: "PreTrainedModel", source: str, readers: Sequence[str], factors: Float[Tensor, " m"]
+) -> None:
+    """Divide the m outputs of the module at path `source`, a norm or a plain linear layer, by `factors`, and multiply the columns of
+    the plain weights `readers` with them. Where these alone read it, the model computes the same.
+    """
+    found = absolute(model, source)
+    assert found is not None
+    module: Any = model.get_submodule(found)
+    handles = weights(model)
+    with torch.no_grad():
+        outputs = handles[source].oriented(module.weight) if source in handles else module.weight
+        outputs /= factors.to(outputs).unsqueeze(1) if outputs.ndim == 2 else factors.to(outputs)
+        if getattr(module, "bias", None) is not None:
+            module.bias /= factors.to(module.bias)
+        for reader in readers:
+            columns = handles[reader].oriented(handles[reader].parameter)
+            columns *= factors.to(columns)
+
+
 def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> None:
     """Leave of the list of layers at path `stack` only those at `kept`, in this order, numbered anew, and say so in the config.
 
