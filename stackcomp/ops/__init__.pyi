@@ -1,6 +1,7 @@
 from . import low_bit as low_bit
 from . import masks as masks
 from . import quantize as quantize
+from . import second_order as second_order
 from . import supports as supports
 from .allocate import Candidate as Candidate
 from .allocate import allocate as allocate

@@ -32,8 +32,9 @@ class SmoothQuant(Pass):
 
     It is folded where nothing else reads the inputs: into the norms of pre-norm models (Llama-like: before query, key and value,
     and before gate and up; GPT-2: before c_attn and c_fc), and, where the source is selected too, into the value projection before
-    the attention's output (but for grouped heads), and into `up` before `down`. Other weights are left as they are, and the
-    findings say so: in BERT-like models the norms feed the residual, too, so that only the attention's output is reached.
+    the attention's output (but for grouped heads), and into `up` before `down`. Other weights, and those that layers share, are left
+    as they are, and the findings say so: in BERT-like models the norms feed the residual, too, so that only the attention's output
+    is reached.
 
     Where we differ from the paper: it folds into norms alone; values and `up` are folded as AWQ does (arXiv:2306.00978).
     """
@@ -57,11 +58,11 @@ class SmoothQuant(Pass):
         )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
-        paths = [weight.id for weight in weights]
+        paths = [weight.id for weight in weights if len(weight.paths) == 1]
         if not any(True for family in FAMILIES.values() for _ in readings(family, paths)):
             raise NothingToCompress(
-                f"SmoothQuant: none of the {len(paths)} selected weights ({', '.join(paths[:3])}) reads what can be rescaled; select the "
-                "layers of one of the families " + ", ".join(FAMILIES)
+                f"SmoothQuant: none of the {len(weights)} selected weights ({', '.join(weight.id for weight in weights[:3])}) alone reads "
+                f"what can be rescaled; select whole layers, not shared, of one of the families {', '.join(FAMILIES)}"
             )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
@@ -72,7 +73,7 @@ class SmoothQuant(Pass):
                 "norms; leave it out, or add a line to stackcomp/core/families.py"
             )
         handles = nn.weights(model)
-        alone = {id_ for id_ in context.targets if len(handles[id_].modules) == 1}
+        alone = {id_ for id_ in context.targets if len(handles[id_].spec.paths) == 1}
         folds = {
             source: readers
             for source, readers in readings(FAMILIES[kind], alone)
