@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import checkpoint, nn
+from stackcomp import checkpoint, nn, ops
 from stackcomp.core.errors import SettingError
 from stackcomp.data import Calibration
 from tests import toys
@@ -111,3 +111,15 @@ def test_an_embedding_is_refused_before_any_text_is_read():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(SettingError, match=next(iter(settings))):
         sc.GPTQ(**settings)
+
+
+@pytest.mark.filterwarnings("ignore::stackcomp.core.errors.TooLittleCalibration")
+def test_scales_weigh_errors_by_what_they_cost_once_others_make_up_for_them(tokenizer, tmp_path):
+    model, id_ = toys.bert_classifier(), "encoder.layer.0.output.dense"
+    weight, moment = nn.weights(model)[id_].dense().clone(), moments(model, tokenizer)[id_]
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+    costs = (1 / torch.linalg.inv(damped).diagonal()).expand_as(weight)
+    _, scales = ops.quantize_groups(weight, 2, 8, weights=costs)
+    apply(sc.GPTQ(bits=2, group=8, only=id_), model, tokenizer, tmp_path)
+    found = nn.weights(model)[id_].modules[0].matrices["weight"].scales.detach()
+    torch.testing.assert_close(found, scales.flatten().float(), rtol=1e-3, atol=1e-4)
