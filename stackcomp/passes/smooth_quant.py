@@ -58,11 +58,11 @@ class SmoothQuant(Pass):
         )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
-        paths = [weight.id for weight in weights if len(weight.paths) == 1]
+        paths = [weight.id for weight in weights]
         if not any(True for family in FAMILIES.values() for _ in readings(family, paths)):
             raise NothingToCompress(
-                f"SmoothQuant: none of the {len(weights)} selected weights ({', '.join(weight.id for weight in weights[:3])}) alone reads "
-                f"what can be rescaled; select whole layers, not shared, of one of the families {', '.join(FAMILIES)}"
+                f"SmoothQuant: none of the {len(paths)} selected weights ({', '.join(paths[:3])}) alone reads what can be rescaled; "
+                f"select whole layers of one of the families {', '.join(FAMILIES)}"
             )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
@@ -80,6 +80,10 @@ class SmoothQuant(Pass):
             if source not in handles
             or (source in alone and handles[source].spec.rows == handles[readers[0]].spec.cols)
         }
+        if not folds:
+            raise NothingToCompress(
+                "SmoothQuant: layers share all weights that read what can be rescaled; leave it out, or put it before ShareLayers"
+            )
         first = {source: handles[readers[0]].modules for source, readers in folds.items()}
         found = data.Calibration.of(context, self.samples).largest_inputs(
             model, first, progress=context.progress

@@ -111,8 +111,10 @@ def test_a_source_that_is_not_selected_is_not_touched(tokenizer, tmp_path):
 def test_weights_and_models_that_cannot_be_reached_are_refused(tokenizer, tmp_path):
     with pytest.raises(NothingToCompress, match=r"none of the 1 selected weights \(pooler\.dense\)"):
         sc.check(sc.SmoothQuant(only="pooler.dense"), toys.classifier("bert"))
-    with pytest.raises(NothingToCompress, match="not shared"):
-        sc.check(sc.Pipeline(sc.ShareLayers(), sc.SmoothQuant()), toys.classifier("llama"))
+    shared = toys.classifier("llama")
+    apply(sc.ShareLayers(), shared, tokenizer, tmp_path)
+    with pytest.raises(NothingToCompress, match="layers share all weights"):
+        apply(sc.SmoothQuant(), shared, tokenizer, tmp_path)
     with pytest.raises(SettingError, match=r"strength=1\.5"):
         sc.SmoothQuant(strength=1.5)
     config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
