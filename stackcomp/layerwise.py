@@ -205,14 +205,10 @@ class FactorizingPass(Pass):
         moments: dict[str, Any] = {}
         gradients: dict[str, Any] = {}
         if self.data_aware:
-            assert context.calibration is not None
-            assert context.tokenizer is not None
-            length = context.task.max_length if context.task is not None else 128
-            texts = context.calibration(self.samples)[: self.samples]
-            text = data.Calibration(texts, context.tokenizer, max_length=length)
+            text = data.Calibration.of(context, self.samples)
             moments = text.second_moments(model, modules, progress=context.progress)
             if self.sensitivity:
-                some = data.Calibration(texts[:SENSITIVITY_TEXTS], context.tokenizer, max_length=length)
+                some = data.Calibration.of(context, self.samples, first=SENSITIVITY_TEXTS)
                 gradients = data.gradient_moments(
                     some, model, modules, seed=context.seed, progress=context.progress
                 )

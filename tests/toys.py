@@ -52,7 +52,7 @@ def _config(family: str, **settings) -> transformers.PretrainedConfig:
                 "bos_token_id": 2,
                 "eos_token_id": 3,
             }
-            return transformers.LlamaConfig(**_ENCODER, **sizes, **settings)
+            return transformers.LlamaConfig(**(_ENCODER | sizes | settings))
     raise ValueError(family)
 
 

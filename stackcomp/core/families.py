@@ -4,8 +4,8 @@ A family is named by `model_type` of config.json. A model of another family stil
 found by their types when it is loaded; the table only serves to describe a checkpoint without loading it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,7 +28,9 @@ class Family:
     tied to the first of them.
 
     blocks is the glob of the repeated layers; stored_transposed are globs of weights kept as (input, output)
-    in the file (`Conv1D`). Paths are relative to the base model.
+    in the file (`Conv1D`); readers are, of one layer, modules whose output channels reach only these weights, and each of them
+    linearly: a norm that no residual reads, values before their output projection, the linear half of a gated product. Paths are
+    relative to the base model, in readers to the layer.
     """
 
     prefix: str
@@ -37,12 +39,14 @@ class Family:
     tied_heads: tuple[str, ...]
     feed_forward: FeedForward
     stored_transposed: tuple[str, ...] = ()
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
 _BERT_EMBEDDINGS = ("embeddings.*_embeddings",)
 _BERT_FEED_FORWARD = FeedForward(
     into=("intermediate.dense",), out_of="output.dense", size="intermediate_size"
 )
+_BERT_READERS = {"attention.self.value": ("attention.output.dense",)}
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
@@ -51,6 +55,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("cls.predictions.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        readers=_BERT_READERS,
     ),
     "distilbert": Family(
         prefix="distilbert",
@@ -58,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("vocab_projector",),
         feed_forward=FeedForward(into=("ffn.lin1",), out_of="ffn.lin2", size="hidden_dim"),
+        readers={"attention.v_lin": ("attention.out_lin",)},
     ),
     "roberta": Family(
         prefix="roberta",
@@ -65,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("lm_head.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        readers=_BERT_READERS,
     ),
     "mpnet": Family(
         prefix="mpnet",
@@ -72,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=(*_BERT_EMBEDDINGS, "encoder.relative_attention_bias"),
         tied_heads=("lm_head.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        readers={"attention.attn.v": ("attention.attn.o",)},
     ),
     "gpt2": Family(
         prefix="transformer",
@@ -80,6 +88,7 @@ FAMILIES: dict[str, Family] = {
         tied_heads=("lm_head",),
         feed_forward=FeedForward(into=("mlp.c_fc",), out_of="mlp.c_proj", size="n_inner"),
         stored_transposed=("h.*.c_attn", "h.*.c_proj", "h.*.c_fc", "h.*.q_attn"),
+        readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
     ),
     "llama": Family(
         prefix="model",
@@ -89,6 +98,12 @@ FAMILIES: dict[str, Family] = {
         feed_forward=FeedForward(
             into=("mlp.gate_proj", "mlp.up_proj"), out_of="mlp.down_proj", size="intermediate_size"
         ),
+        readers={
+            "self_attn.v_proj": ("self_attn.o_proj",),
+            "mlp.up_proj": ("mlp.down_proj",),
+            "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        },
     ),
 }
 
@@ -136,6 +151,17 @@ def feed_forward_of(paths: Iterable[str]) -> tuple[Stack, FeedForward]:
     raise UnsupportedModel(
         f"the layers at {stack.path} have no feed-forward part of a known family: add it to stackcomp/core/families.py"
     )
+
+
+def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(module, weights that alone read it), by the family's `readers`, in every layer where all of these weights are among `paths`."""
+    stack = family.blocks.removesuffix(".*")
+    layers = [place[0] for path in paths if (place := Stack(path=stack, count=0).split(path))]
+    for layer in range(max(layers, default=-1) + 1):
+        for source, readers in family.readers.items():
+            found = tuple(f"{stack}.{layer}.{reader}" for reader in readers)
+            if all(path in paths for path in found):
+                yield f"{stack}.{layer}.{source}", found
 
 
 def word_embedding(family: Family, paths: list[str]) -> str | None:

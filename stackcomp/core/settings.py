@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stackcomp.core.errors import SettingError
 
@@ -54,4 +54,28 @@ def groups_fit(sparsity: object, weights: "Sequence[PlannedWeight]") -> None:
             raise SettingError(
                 f"sparsity={sparsity!r}: {groups[1]} does not divide the {weight.cols} inputs of {weight.id}; "
                 f"give another pattern or skip={weight.id!r}"
+            )
+
+
+def group_size(bits: object, group: object) -> int | None:
+    """How many values of `bits` bits share a scale: `group`, or 32 where nothing is said; None at 8 bits, which have a scale a row
+    and refuse a group."""
+    one_of("bits", bits, (8, 4, 3, 2))
+    if group is None:
+        return None if bits == 8 else 32
+    whole("group", group, 1)
+    if bits == 8:
+        raise SettingError(
+            f"group={group} does not go with bits=8, which has a scale a row: leave it out, or give bits=4, 3 or 2"
+        )
+    return cast(int, group)
+
+
+def have_inputs(weights: "Sequence[PlannedWeight]", instead: str) -> None:
+    """Refuse embeddings, whose inputs are no vectors, for a pass that looks at inputs; `instead` names passes that do not."""
+    for weight in weights:
+        if weight.kind == "embedding":
+            raise SettingError(
+                f"{weight.id} is an embedding, and takes no inputs that could be measured: give skip={weight.id!r}, and "
+                f"{instead} for it"
             )

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stackcomp.core.context import Progress, quiet
+from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
+from stackcomp.nn import weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Modules = nn.Module | Sequence[nn.Module]  # one, or all that use the same weight
@@ -88,6 +89,15 @@ class Calibration:
         self._set(encoded[:], tokenizer, batch_size)
         return self
 
+    @classmethod
+    def of(cls, context: Context, samples: int, *, first: int | None = None) -> "Calibration":
+        """`samples` calibration texts of a run, or the `first` of them, as long as its task reads them."""
+        assert context.calibration is not None
+        assert context.tokenizer is not None
+        texts = context.calibration(samples)[:samples]
+        length = context.task.max_length if context.task is not None else 128
+        return cls(texts[:first], context.tokenizer, max_length=length)
+
     def _set(self, columns: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", batch_size: int) -> None:
         columns = {key: value for key, value in columns.items() if key != "labels"}
         lengths = lengths_of(columns)
@@ -146,6 +156,25 @@ class Calibration:
         _warn_if_short(result)
         return result
 
+    def largest_inputs(
+        self, model: nn.Module, modules: Mapping[str, Modules], *, progress: Progress = quiet
+    ) -> dict[str, Tensor]:
+        """max |x_j| over the text for every input j of each module (m), by name, in float32. Modules and errors as in
+        `second_moments`."""
+        largest: dict[str, Tensor] = {}
+        count = dict.fromkeys(modules, 0)
+
+        def listen(name: str, x: Tensor, ticket: int) -> None:
+            found = x.abs().amax(0)
+            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+            count[name] += x.shape[0]
+
+        with _running(model), _Listening(modules, listen) as listening:
+            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+                listening.run(model, batch)
+        _refuse_unreached(count)
+        return largest
+
     def cross_moments(
         self,
         reference: nn.Module,
@@ -188,6 +217,14 @@ class Calibration:
         return {
             name: CrossMoment(cross=cross[name], total=total[name], count=count[name]) for name in modules
         }
+
+
+def input_moments(model: "PreTrainedModel", context: Context, samples: int) -> dict[str, Tensor]:
+    """E[x x^T] (m x m) of the inputs of each weight that a pass works on, by id, over `samples` calibration texts of its run."""
+    handles = weights(model)
+    modules = {id_: handles[id_].modules for id_ in context.targets}
+    found = Calibration.of(context, samples).second_moments(model, modules, progress=context.progress)
+    return {id_: moment.average for id_, moment in found.items()}
 
 
 class _Listening:

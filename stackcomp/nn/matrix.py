@@ -251,10 +251,17 @@ class StoredMatrix(nn.Module):
         """The stored values in their places, zeros elsewhere; the scales of values that are not packed are not
         applied.
         """
-        values = self._flat()
+        return self._placed(self._flat())
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """Values in a row, one for each that is stored, in their places; zeros elsewhere."""
         if self.support is None:
             return values.view(self.shape)
         return values.new_zeros(self.shape.numel()).scatter(0, self._support.flat, values).view(self.shape)
+
+    def _picked(self, matrix: Tensor) -> Tensor:
+        """The entries of a matrix that stand where values are stored, in a row."""
+        return matrix.flatten() if self.support is None else matrix.flatten()[self._support.flat]
 
     def _gathers(self, x: Tensor) -> bool:
         """Whether a product gathers the stored entries instead of decoding the matrix: a function of shapes,

@@ -1,5 +1,5 @@
 """`RoundedMatrix`: a matrix in floating point that computes as it will be stored, so that it is trained with its rounding (arXiv
-1308.3432).
+1308.3432), or rounded with a view to its inputs (arXiv 2210.17323).
 
     forward: code = clamp(round(v / scale - o)),   v' = scale * (code + o);      dL/dv = dL/dv'
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from stackcomp.core.spec import MatrixSpec
 from stackcomp.nn.matrix import DTYPES, StoredMatrix
-from stackcomp.ops import low_bit, quantize
+from stackcomp.nn.products import Product
+from stackcomp.ops import low_bit, quantize, second_order
 
 
 class RoundedMatrix(StoredMatrix):
@@ -52,6 +53,35 @@ class RoundedMatrix(StoredMatrix):
         owners = self._per_value(torch.arange(len(largest), device=self.device))
         largest.scatter_reduce_(0, owners, self.values.flatten().abs(), "amax")
         self.steps.copy_(quantize.row_scales(largest, self.steps.dtype))
+
+    @torch.no_grad()
+    def round_columns(self, product: Product, *, damping: float, ordered: bool) -> None:
+        """Move the values of this matrix, that of the `product`, to levels of the grid, where later columns of its inputs make up for
+        the errors of those before (`ops.second_order`). The scales of groups are searched first, with every squared error weighed by
+        the sensitivity of its column; scales of rows follow from the largest values and stay.
+        """
+        metrics = [
+            second_order.curvature(moment, damping=damping, ordered=ordered) for moment in product.moments
+        ]
+        weights = product.split(self._placed(self.values.flatten().float()))
+        form = self._grid
+        if form.packed:
+            assert form.group is not None
+            shares = torch.stack([metric.sensitivity for metric in metrics]).unsqueeze(1).expand_as(weights)
+            _, scales = low_bit.quantize_groups(
+                self.values.view(form.lines),
+                form.bits,
+                form.group,
+                scale_dtype=DTYPES[form.scale_coding],
+                weights=self._picked(product.join(shares)).view(form.lines),
+            )
+            self.steps.copy_(scales.flatten())
+        steps = product.split(self._placed(self._per_value(self.steps.float())))
+        rounded = [
+            second_order.round_columns(*each, bits=form.bits, offset=self._offset)
+            for each in zip(weights, metrics, steps, strict=True)
+        ]
+        self.values.copy_(self._picked(product.join(torch.stack(rounded))).view_as(self.values))
 
     @torch.no_grad()
     def stored(self) -> StoredMatrix:

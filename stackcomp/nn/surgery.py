@@ -19,6 +19,7 @@ from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, take_rows, to_int8, to_low_bit
+from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask = Callable[[Tensor], Tensor]
+Prune = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def factorize(
@@ -89,10 +91,30 @@ def sparsify(
     for part, matrix in matrices.items():
         if isinstance(matrix.spec.layout, Dense) and not matrix.spec.integers:
             values = matrix.dense().detach()
-            kept: Bool[Tensor, "rows cols"] = mask(values)
-            layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
-            matrices[part] = store(values, layout, kept)
-            matrices[part].requires_grad_(matrix.values.requires_grad)
+            matrices[part] = _sparse(matrix, values, mask(values), groups)
+    _put(model, handle, matrices, transposed=handle.spec.transposed)
+
+
+def prune(
+    model: "PreTrainedModel",
+    id_: str,
+    choose: Prune,
+    *,
+    moment: Float[Tensor, "m m"],
+    groups: tuple[int, int] | None = None,
+) -> None:
+    """The same with a view to the inputs of a linear weight, of second moment `moment`.
+
+    `choose(weight, moment)` gives new values of a weight (n x m) and a boolean of its shape, which of them to keep; it is asked for
+    every product that the weight is made of, with the moment of what flows into it.
+    """
+    handle = weights(model)[id_]
+    matrices = dict(_matrices(handle))
+    for product in products(handle.spec, matrices, moment):
+        parts = product.split(product.matrix.dense().detach().float())
+        found = [choose(part, inputs) for part, inputs in zip(parts, product.moments, strict=True)]
+        values, kept = (product.join(torch.stack(each)) for each in zip(*found, strict=True))
+        matrices[product.part] = _sparse(product.matrix, values.to(product.matrix.dtype), kept, groups)
     _put(model, handle, matrices, transposed=handle.spec.transposed)
 
 
@@ -135,6 +157,26 @@ def round_in_training(
     return list(learning.values())
 
 
+def round_columns(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    moment: Float[Tensor, "m m"],
+    bits: int,
+    group: int | None,
+    damping: float,
+    ordered: bool,
+) -> None:
+    """As `quantize`, for a linear weight whose inputs have the second moment `moment`: of every product that it is made of, values
+    that are rounded later make up for the errors of those before (see `RoundedMatrix.round_columns`)."""
+    round_in_training(model, id_, bits=bits, group=group)
+    handle = weights(model)[id_]
+    for product in products(handle.spec, _matrices(handle), moment):
+        if isinstance(product.matrix, RoundedMatrix):
+            product.matrix.round_columns(product, damping=damping, ordered=ordered)
+    settle(model, id_)
+
+
 def settle(model: "PreTrainedModel", id_: str) -> None:
     """Store a weight that is rounded in training: as integers, with the scales it computes with."""
     handle = weights(model)[id_]
@@ -156,6 +198,26 @@ def share(model: "PreTrainedModel", ids: Sequence[str], value: Float[Tensor, "ro
         for module in handle.modules:
             module.weight = kept
     attach(model)
+
+
+def rescale(
+    model: "PreTrainedModel", source: str, readers: Sequence[str], factors: Float[Tensor, " m"]
+) -> None:
+    """Divide the m outputs of the module at path `source`, a norm or a plain linear layer, by `factors`, and multiply the columns of
+    the plain weights `readers` with them. Where these alone read it, the model computes the same.
+    """
+    found = absolute(model, source)
+    assert found is not None
+    module: Any = model.get_submodule(found)
+    handles = weights(model)
+    with torch.no_grad():
+        outputs = handles[source].oriented(module.weight) if source in handles else module.weight
+        outputs /= factors.to(outputs).unsqueeze(1) if outputs.ndim == 2 else factors.to(outputs)
+        if getattr(module, "bias", None) is not None:
+            module.bias /= factors.to(module.bias)
+        for reader in readers:
+            columns = handles[reader].oriented(handles[reader].parameter)
+            columns *= factors.to(columns)
 
 
 def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> None:
@@ -273,6 +335,17 @@ def _swap(model: "PreTrainedModel", old: nn.Parameter, value: Tensor) -> None:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter is old:
                 setattr(module, name, new)
+
+
+def _sparse(
+    matrix: StoredMatrix,
+    values: Float[Tensor, "rows cols"],
+    kept: Bool[Tensor, "rows cols"],
+    groups: tuple[int, int] | None,
+) -> StoredMatrix:
+    """`values` in the place of `matrix`, of them those that are `kept`."""
+    layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
+    return store(values, layout, kept).requires_grad_(matrix.values.requires_grad)
 
 
 def _rounded(

@@ -1,6 +1,7 @@
 from . import low_bit as low_bit
 from . import masks as masks
 from . import quantize as quantize
+from . import second_order as second_order
 from . import supports as supports
 from .allocate import Candidate as Candidate
 from .allocate import allocate as allocate
@@ -24,6 +25,10 @@ from .masks import largest_in_groups as largest_in_groups
 from .quantize import int8_linear as int8_linear
 from .quantize import int8_weight_linear as int8_weight_linear
 from .quantize import quantize_rows as quantize_rows
+from .second_order import Curvature as Curvature
+from .second_order import curvature as curvature
+from .second_order import prune_columns as prune_columns
+from .second_order import round_columns as round_columns
 from .supports import pack_fixed as pack_fixed
 from .supports import pack_free as pack_free
 from .supports import unpack_fixed as unpack_fixed

@@ -1,15 +1,11 @@
 """Magnitude pruning, unstructured and N:M."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn, ops
-from stackcomp.core.contract import Contract
-from stackcomp.core.facts import Fact, facts
-from stackcomp.core.passes import Findings, Pass
-from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import groups_fit, sparsity_groups
+from stackcomp.core.passes import Findings
+from stackcomp.pruning import PruningPass
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MagnitudePrune(Pass):
+class MagnitudePrune(PruningPass):
     """Keep the largest values of each selected weight and store only these, beside a packed support.
 
     sparsity: share of each matrix that is dropped, in [0, 1), 0 does nothing: stored as the kept values and a
@@ -28,33 +24,7 @@ class MagnitudePrune(Pass):
     dropped stays zero.
     """
 
-    sparsity: float | str = 0.5
-
     paper: ClassVar[str] = "Han et al., arXiv:1506.02626; N:M: Zhou et al., arXiv:2102.04010"
-    idle: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self._groups
-
-    @property
-    def _groups(self) -> tuple[int, int] | None:
-        """(n, m) of an "n:m" sparsity."""
-        return sparsity_groups(self.sparsity)
-
-    @property
-    def contract(self) -> Contract:
-        if self.sparsity == 0:
-            return Contract(requires=facts(Fact.FLOAT, Fact.DENSE))
-        return Contract(
-            requires=facts(Fact.FLOAT, Fact.DENSE),
-            forbids=facts(Fact.FACTOR) if self._groups else facts(),
-            adds=facts(Fact.SPARSE),
-            removes=facts(Fact.DENSE),
-        )
-
-    def examine(self, weights: "Sequence[PlannedWeight]") -> None:
-        groups_fit(self.sparsity, weights)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.sparsity == 0:
@@ -66,7 +36,5 @@ class MagnitudePrune(Pass):
     def _mask(self, matrix: "torch.Tensor") -> "torch.Tensor":
         """Which entries of a matrix to keep."""
         return (
-            ops.largest_in_groups(matrix, *self._groups)
-            if self._groups
-            else ops.largest(matrix, 1 - float(self.sparsity))
+            ops.largest_in_groups(matrix, *self._groups) if self._groups else ops.largest(matrix, self._share)
         )

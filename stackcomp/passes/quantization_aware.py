@@ -5,18 +5,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import training
 from stackcomp.core.contract import Contract
-from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
-from stackcomp.core.settings import one_of, whole
+from stackcomp.core.settings import group_size, whole
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
-
-GROUP = 32
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -51,14 +48,8 @@ class QuantizationAware(LearnedForm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("bits", self.bits, (8, 4, 3, 2))
+        group_size(self.bits, self.group)
         whole("every", self.every, 1)
-        if self.group is not None:
-            whole("group", self.group, 1)
-            if self.bits == 8:
-                raise SettingError(
-                    f"group={self.group} does not go with bits=8, which has a scale a row: leave it out, or give bits=4, 3 or 2"
-                )
 
     @property
     def contract(self) -> Contract:
@@ -76,7 +67,7 @@ class QuantizationAware(LearnedForm):
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:
             return {}
-        group = None if self.bits == 8 else self.group or GROUP
+        group = group_size(self.bits, self.group)
         with training.rounded(model, context.targets, bits=self.bits, group=group) as matrices:
 
             def refit(step: int) -> None:
