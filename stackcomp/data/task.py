@@ -164,17 +164,18 @@ class Task:
 
     def texts(self, split: str = "train", limit: int | None = None) -> list[str] | list[tuple[str, str]]:
         """Text alone, without labels, for calibration: strings, or pairs where the model reads both texts
-        together."""
+        together. `limit` keeps so many, a fixed random subset."""
         if self.kind == "language_modelling":
             return _subset(
                 [text for text in _column(self.dataset(split), self.text[0]) if text.strip()], limit
             )
-        part = _subset(self.dataset(split), limit)
+        apart = self.kind == "similarity"  # the texts of a pair are read one by one
+        part = _subset(self.dataset(split), -(-limit // 2) if apart and limit is not None else limit)
         columns = [_column(part, column) for column in self.text]
         if len(columns) == 1:
             return columns[0]
         pairs = list(zip(*columns, strict=True))
-        return [text for pair in pairs for text in pair] if self.kind == "similarity" else pairs
+        return [text for pair in pairs for text in pair][:limit] if apart else pairs
 
     def encode(
         self,
