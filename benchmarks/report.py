@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import dsformer, pictures, tables
+from benchmarks import combined, dsformer, pictures, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -48,6 +48,7 @@ class Report:
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
             "dsformer": dsformer.headline(self.dsformer()),
+            "combined": combined.headline(self.rows(combined.NAME)),
             "factorizing": tables.factorizing(self.rows("factorizing")),
             "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),

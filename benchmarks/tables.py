@@ -22,6 +22,8 @@ def command(name: str) -> str:
     pipelines = {
         "dsformer": "pipelines/dsformer/table.py",
         "stacked": "pipelines/dsformer/stacked.py",
+        "catalogue": "pipelines/studies/catalogue.py",
+        "encoder_stack_sts": "pipelines/studies/encoder_stack_sts.py",
     }
     return f"stackcomp study {pipelines[name]}" if name in pipelines else f"python -m benchmarks.{name}"
 
@@ -47,6 +49,30 @@ def plus_minus(value: float | None, noise: float | None, *, signed: bool = False
     if value is None or noise is None:
         return "-"
     return f"{value:+.2f} ± {noise:.2f}" if signed else f"{value:.2f} ± {noise:.2f}"
+
+
+# every pass alone
+
+
+def catalogue(rows: Sequence[Row]) -> str:
+    """One line a pipeline that has finished: score, bytes, latency and what it took."""
+    rows = [row for row in rows if "error" not in row]
+    if not rows:
+        return not_run("catalogue")
+    cells = [
+        [
+            row["key"],
+            f"{row['score']:.2f}",
+            plus_minus(row["difference"], row["difference_noise"], signed=True),
+            f"{row['size_bytes'] / 1e6:.2f} MB",
+            f"{row['compression']:.2f}x",
+            f"{row['latency_ratio']:.2f}x",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    titles = ["pass", "Spearman", "vs as it came", "file", "compression", "latency", "seconds"]
+    return f"{table(titles, cells)}\n\n{made_by('catalogue', rows)}"
 
 
 # the STS benchmark

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import dsformer, stacked, tables  # noqa: E402
+from benchmarks import combined, dsformer, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -32,7 +32,7 @@ PUBLIC = {
         "stackcomp.core.contract.Need",
         "stackcomp.core.facts.Fact",
     ],
-    "Studies": ["stackcomp.studies.Study", "stackcomp.studies.Entry"],
+    "Studies": ["stackcomp.studies.Study", "stackcomp.studies.Entry", "stackcomp.studies.combinations"],
     "The ledger": [
         "stackcomp.core.ledger.Ledger",
         "stackcomp.core.ledger.Row",
@@ -211,6 +211,10 @@ def results() -> str:
             "For both factorizations, gradients of the model's own output on the calibration text say which errors matter.",
             picture("stsb"),
             tables.stsb(REPORT.rows("stsb")),
+            "## Every post-training pass alone, and stacks",
+            "The same model and pairs; no gradient step. *Latency* is one batch of 8 x 128 tokens on one thread, beside the model as it "
+            "came in the same process: above 1.00x is slower. Declarations are in `pipelines/studies/catalogue.py`.",
+            tables.catalogue(REPORT.rows("catalogue")),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
             "## DSFormer on top of other techniques",
@@ -234,6 +238,25 @@ def dsformer_study() -> str:
     return dsformer.page(REPORT.dsformer(), picture("dsformer"))
 
 
+def combination_study() -> str:
+    """What four techniques give together: the study's own report."""
+    made = combined.report(REPORT.rows(combined.NAME))
+    if not made:
+        return f"# Combinations\n\n{tables.not_run(combined.NAME)}"
+    body = made[f"{combined.NAME}.md"].partition("\n")[2]
+    told = inspect.cleandoc((ROOT / combined.FILE).read_text("utf8").split('"""')[1]).split("\n\n")
+    return "\n\n".join(
+        [
+            "# Combinations",
+            told[0],
+            "```console\n" + inspect.cleandoc(told[1]) + "\n```",
+            *told[2:],
+            f"The same with pictures, as one page that opens offline: [{combined.NAME}.html]({combined.NAME}.html).",
+            body,
+        ]
+    )
+
+
 def reference() -> str:
     """The API, from docstrings."""
     parts = ["# API"]
@@ -249,6 +272,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "refused.md": ("A refused pipeline", refused),
     "results.md": ("Results", results),
     "dsformer.md": ("DSFormer", dsformer_study),
+    "combinations.md": ("Combinations", combination_study),
     "reference.md": ("API", reference),
 }
 
@@ -268,6 +292,10 @@ def write() -> None:
     for path, (_, make) in PAGES.items():
         with mkdocs_gen_files.open(path, "w") as file:
             print(make(), file=file)
+    for name, text in combined.report(REPORT.rows(combined.NAME)).items():
+        if name.endswith(".html"):
+            with mkdocs_gen_files.open(name, "w") as file:
+                file.write(text)
     with mkdocs_gen_files.open("SUMMARY.md", "w") as file:
         print(summary(), file=file)
 

@@ -18,7 +18,7 @@ study = sc.combinations(
     task=sc.tasks.stsb(),
     passes={
         "dense-sparse": sc.DenseSparse(ratio=2.0, only=FEED_FORWARD, sensitivity=False, samples=1024),
-        "prune": sc.MagnitudePrune(sparsity=0.5, only=ATTENTION),
+        "prune": sc.Wanda(sparsity=0.5, only=ATTENTION, samples=1024),
         "int8 layers": sc.Int8Weights(only=LAYERS),
         "int4 embeddings": sc.LowBitWeights(bits=4, only=WORDS),
     },

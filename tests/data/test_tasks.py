@@ -104,7 +104,8 @@ def test_pairs_are_read_together_and_similarity_apart(tokenizer) -> None:
     apart = tasks.similarity(pairs, test="train", selection=1)
     row = apart.encode(tokenizer, "test")[0]
     assert row["pair_input_ids"] == tokenizer("very good film")["input_ids"]
-    assert apart.texts("train", 1) == ["the film", "very good film"]
+    assert apart.texts("train", 2) == ["the film", "very good film"]
+    assert apart.texts("train", 1) == ["the film"]  # so many texts, from pairs of all of the split
     assert apart.auto_class == "AutoModel"
 
 

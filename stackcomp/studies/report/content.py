@@ -34,7 +34,16 @@ TITLES = {  # of the measures
 
 
 def write(study: Study, rows: Sequence[Row], out: Path, floor: float | None = None) -> list[Path]:
-    """Write NAME.html and NAME.md into `out`; returns their paths.
+    """Write the report's files into `out`; returns their paths. Otherwise as `files`."""
+    made = files(study, rows, floor)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        write_atomic(out / name, text)
+    return [out / name for name in made]
+
+
+def files(study: Study, rows: Sequence[Row], floor: float | None = None) -> dict[str, str]:
+    """The report as NAME.html and as NAME.md.
 
     rows: those of the study's entries, failed ones too. floor: a score on the metric's own scale; one point worse than the model as it came
     unless said. Raises StudyRefused when no combination has finished.
@@ -43,11 +52,7 @@ def write(study: Study, rows: Sequence[Row], out: Path, floor: float | None = No
     title = f"Study {study.name}"
     lowest = cells.came.score - cells.sign if floor is None else floor
     parts = list(_parts(study, cells, lowest))
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{study.name}.html", out / f"{study.name}.md"]
-    for path, text in zip(paths, (html(title, parts), markdown(title, parts)), strict=True):
-        write_atomic(path, text)
-    return paths
+    return {f"{study.name}.html": html(title, parts), f"{study.name}.md": markdown(title, parts)}
 
 
 def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:

@@ -1,0 +1,72 @@
+"""Every post-training pass alone, at a usual strength, and a few stacks, on sentence embeddings: score, bytes and latency.
+
+    stackcomp study pipelines/studies/catalogue.py            # about half an hour; stop and go on as you like
+
+All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD and PruneNeurons read labels of the
+training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands with the one it
+is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
+"""
+
+from collections.abc import Iterator
+
+from minilm import LAYERS, WORDS, model
+
+import stackcomp as sc
+
+TASK = sc.tasks.stsb()
+SAMPLES = 1024
+
+
+def pipelines() -> Iterator[tuple[str, sc.Pass]]:
+    """Each pass by what its line is called."""
+    layers = {"only": LAYERS}
+    text = {**layers, "samples": SAMPLES}
+    yield "dense-sparse, 2x", sc.DenseSparse(ratio=2.0, sensitivity=False, **text)
+    yield "low rank, 2x", sc.LowRank(ratio=2.0, sensitivity=False, **text)
+    yield "FWSVD, 2x", sc.FWSVD(ratio=2.0, **text)
+    for sparsity in (0.5, "2:4"):
+        yield f"magnitude pruning, {sparsity}", sc.MagnitudePrune(sparsity=sparsity, **layers)
+        yield f"Wanda, {sparsity}", sc.Wanda(sparsity=sparsity, **text)
+        yield f"SparseGPT, {sparsity}", sc.SparseGPT(sparsity=sparsity, **text)
+    yield "int8 weights", sc.Int8Weights(**layers)
+    yield "int8 dynamic", sc.Int8Dynamic(**layers)
+    yield "SmoothQuant, int8 dynamic", sc.Pipeline(sc.SmoothQuant(**text), sc.Int8Dynamic(**layers))
+    for bits in (4, 3, 2):
+        yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)
+        yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
+    yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
+    yield "vocabulary of the training text", sc.PruneVocabulary()
+    yield "3/4 of the neurons", sc.PruneNeurons(keep=0.75)
+    yield "5 of 6 layers", sc.DropLayers(keep=5)
+    yield "entropy coding", sc.EntropyCode()
+    words = sc.LowBitWeights(bits=3, only=WORDS)
+    yield (
+        "vocabulary > 3-bit words > 3 bits, GPTQ > entropy coding",
+        sc.Pipeline(sc.PruneVocabulary(), words, sc.GPTQ(bits=3, **text), sc.EntropyCode()),
+    )
+    yield (
+        "vocabulary > 3-bit words > Wanda, 0.5 > 4 bits, GPTQ > entropy coding",
+        sc.Pipeline(
+            sc.PruneVocabulary(),
+            words,
+            sc.Wanda(sparsity=0.5, **text),
+            sc.GPTQ(bits=4, **text),
+            sc.EntropyCode(),
+        ),
+    )
+
+
+study = sc.Study(
+    name="catalogue",
+    entries=tuple(
+        sc.Entry(
+            key=name,
+            model=model(),
+            task=TASK,
+            pipeline=pipeline,
+            labels={"method": name},
+            latency=True,
+        )
+        for name, pipeline in pipelines()
+    ),
+)
