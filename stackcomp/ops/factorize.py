@@ -140,6 +140,7 @@ class Factorizer:
         self._problems = blocks if self._columns is None and self._rows is None else 1
         self._generator = torch.Generator().manual_seed(seed)
         self._importance = weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
+        self._order = torch.randperm(rows, generator=self._generator).to(weight.device)
         self.aim(weight)
         if start is None:
             self.basis = self._first_basis()
@@ -331,12 +332,11 @@ class Factorizer:
         return matrix if self._rows is None else self._rows.moment @ matrix
 
     def _exchange_tied(self, count: int) -> None:
-        """Exchange atoms, a few rows at a time in random order, each seeing the rows before it as they are now."""
+        """Exchange atoms, a few rows at a time in an order drawn once, each seeing the rows before it as they are now."""
         assert self._rows is not None
-        order = torch.randperm(len(self._weight), generator=self._generator).to(self._weight.device)
         correlations = self._correlations()
         residual = correlations - self.code @ self._gram  # (W - S D) Q D^T
-        for picked in order.split(TIED_ROWS):
+        for picked in self._order.split(TIED_ROWS):
             metric = self._rows.moment[picked]
             scale = self._importance[picked].rsqrt()
             bound = torch.linalg.eigvalsh(metric[:, picked] * scale * scale[:, None])[-1]
