@@ -25,7 +25,20 @@ AUTO = {"square": (4, 0.57), "tall": (1, 0.52)}  # blocks, and atoms over the co
 RATIO = 2.8
 ONE_BLOCK = {"blocks": 1, "atoms": 192, "nonzeros": 24}
 PASSES = (1, 5)  # of scikit-learn over the rows of a block
-MORE_SWEEPS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24)  # of ours, until the error is no larger than scikit-learn's
+MORE_SWEEPS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    16,
+    24,
+)  # of ours, until the error is no larger than scikit-learn's
 TIMED = 2  # blocks of a matrix that scikit-learn factorizes; the others take as long
 WIDTH = 64  # columns of a block where the weight grows
 MEASURE = "import sys; from benchmarks.factorizing import needed; needed(*sys.argv[1:])"

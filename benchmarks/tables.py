@@ -54,8 +54,8 @@ def plus_minus(value: float | None, noise: float | None, *, signed: bool = False
 # every pass alone
 
 
-def catalogue(rows: Sequence[Row]) -> str:
-    """One line a pipeline that has finished: score, bytes, latency and what it took."""
+def catalogue(rows: Sequence[Row], planned: int) -> str:
+    """One line a pipeline that has finished, of so many `planned`: score, bytes, latency and what it took."""
     rows = [row for row in rows if "error" not in row]
     if not rows:
         return not_run("catalogue")
@@ -72,7 +72,8 @@ def catalogue(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     titles = ["pass", "Spearman", "vs as it came", "file", "compression", "latency", "seconds"]
-    return f"{table(titles, cells)}\n\n{made_by('catalogue', rows)}"
+    partial = f"**{len(rows)} of {planned} entries are done.** " if len(rows) < planned else ""
+    return f"{table(titles, cells)}\n\n{partial}{made_by('catalogue', rows)}"
 
 
 # the STS benchmark

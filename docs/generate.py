@@ -15,12 +15,14 @@ sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no i
 
 from benchmarks import combined, dsformer, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
+from stackcomp.cli import read_file  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
 from stackcomp.core.passes import Pass  # noqa: E402
 from stackcomp.passes import registered  # noqa: E402
 
 REPORT = Report(root=ROOT)
+CATALOGUE = ROOT / "pipelines" / "studies" / "catalogue.py"
 PUBLIC = {
     "Running": ["stackcomp.manager.PassManager", "stackcomp.manager.Measuring", "stackcomp.manager.Result"],
     "Judging and loading": ["stackcomp.manager.check", "stackcomp.checkpoint.load", "stackcomp.parse"],
@@ -214,7 +216,7 @@ def results() -> str:
             "## Every post-training pass alone, and stacks",
             "The same model and pairs; no gradient step. *Latency* is one batch of 8 x 128 tokens on one thread, beside the model as it "
             "came in the same process: above 1.00x is slower. Declarations are in `pipelines/studies/catalogue.py`.",
-            tables.catalogue(REPORT.rows("catalogue")),
+            tables.catalogue(REPORT.rows("catalogue"), len(read_file(CATALOGUE)["study"].entries)),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
             "## DSFormer on top of other techniques",

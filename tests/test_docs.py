@@ -38,6 +38,12 @@ def blocks():
     ]
 
 
+@pytest.fixture(scope="module")
+def texts():
+    """Every page, made before anything is put in the place of anything."""
+    return dict(pages())
+
+
 @pytest.fixture
 def small_world(monkeypatch, tmp_path):
     """Names that the hub would give are toys here; a folder is still read as it is."""
@@ -64,8 +70,8 @@ def test_python_blocks_run(code):
 
 @pytest.mark.parametrize("page", GENERATE["PAGES"])
 @pytest.mark.usefixtures("small_world")
-def test_python_blocks_of_generated_pages_run(page):
-    for code in PYTHON.findall(GENERATE["PAGES"][page][1]()):
+def test_python_blocks_of_generated_pages_run(page, texts):
+    for code in PYTHON.findall(texts[page]):
         run(code)
 
 
