@@ -54,9 +54,10 @@ def plus_minus(value: float | None, noise: float | None, *, signed: bool = False
 # every pass alone
 
 
-def catalogue(rows: Sequence[Row], planned: int) -> str:
-    """One line a pipeline that has finished, of so many `planned`: score, bytes, latency and what it took."""
-    rows = [row for row in rows if "error" not in row]
+def catalogue(rows: Sequence[Row], planned: Sequence[str]) -> str:
+    """One line a pipeline that has finished, in the order of their keys `planned`: score, bytes, latency and what it took."""
+    found = {row["key"]: row for row in rows if "error" not in row}
+    rows = [found[key] for key in planned if key in found]
     if not rows:
         return not_run("catalogue")
     cells = [
@@ -72,7 +73,7 @@ def catalogue(rows: Sequence[Row], planned: int) -> str:
         for row in rows
     ]
     titles = ["pass", "Spearman", "vs as it came", "file", "compression", "latency", "seconds"]
-    partial = f"**{len(rows)} of {planned} entries are done.** " if len(rows) < planned else ""
+    partial = f"**{len(rows)} of {len(planned)} entries are done.** " if len(rows) < len(planned) else ""
     return f"{table(titles, cells)}\n\n{partial}{made_by('catalogue', rows)}"
 
 

@@ -216,7 +216,9 @@ def results() -> str:
             "## Every post-training pass alone, and stacks",
             "The same model and pairs; no gradient step. *Latency* is one batch of 8 x 128 tokens on one thread, beside the model as it "
             "came in the same process: above 1.00x is slower. Declarations are in `pipelines/studies/catalogue.py`.",
-            tables.catalogue(REPORT.rows("catalogue"), len(read_file(CATALOGUE)["study"].entries)),
+            tables.catalogue(
+                REPORT.rows("catalogue"), [entry.key for entry in read_file(CATALOGUE)["study"].entries]
+            ),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
             "## DSFormer on top of other techniques",
