@@ -46,7 +46,7 @@ def headline(rows: Sequence[Row]) -> str:
         [
             table(["technique", "file", "encoder", "points"], [*lines, total]),
             f"{_sentence(whole, 'The whole file')} {_sentence(encoder, 'The encoder')}",
-            f"{len(rows)} pipelines. Made by `stackcomp study {FILE}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
+            f"{len(rows)} pipelines, chosen and scored on the same {rows[0]['examples']} pairs, one seed. Made by `stackcomp study {FILE}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
             f"{rows[0]['machine']['threads']} thread, torch {rows[0]['versions']['torch']}.",
         ]
     )
@@ -60,7 +60,8 @@ def _sentence(found: Extra, subject: str) -> str:
     if found.value is None or found.single is None or found.stack is None or found.interval is None:
         return f"{subject}: no stack, or no single technique, scores at least {found.floor:.2f}."
     low, high = found.interval
+    sure = "the same in 95% of draws within the noise" if low == high else f"95%: {low:+.0%} to {high:+.0%}"
     return (
-        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} is **{found.value:+.0%}** (95%: {low:+.0%} to {high:+.0%}) "
+        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} is **{found.value:+.0%}** ({sure}) "
         f"beyond the best single technique, {found.single.name}."
     )

@@ -290,7 +290,7 @@ class Factorizer:
 
     def _normal(self, rows: slice = slice(None)) -> Tensor:
         code = self.code[:, rows]
-        return code.mT @ (code if self._rows is None else self._pull(code))
+        return code.mT @ self._pull(code)
 
     def _right(self, rows: slice = slice(None)) -> Tensor:
         if self._problems == self._blocks:  # Q cancels

@@ -34,7 +34,7 @@ class MovementPrune(LearnedForm):
     sparsity: share that is dropped, above 0 and below 1, stored as the kept values and a bitmap; or "n:m", which
     keeps n of every m consecutive inputs of a row (n falls from m by the same schedule); scope: "layer" drops
     this share of every weight, "global" of all selected weights together; begin, end: shares of the steps;
-    start: what scores are at first, "zero" as in the paper, or "magnitude", |W|: far better when steps are few.
+    start: what scores are at first, "zero" as in the paper, or "magnitude", |W|.
 
     only, skip: the weights that are pruned; everything but `frozen` is trained. distill: follow the model as it came,
     with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task.
