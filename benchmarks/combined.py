@@ -46,7 +46,8 @@ def headline(rows: Sequence[Row]) -> str:
         [
             table(["technique", "file", "encoder", "points"], [*lines, total]),
             f"{_sentence(whole, 'The whole file')} {_sentence(encoder, 'The encoder')}",
-            f"{len(rows)} pipelines, chosen and scored on the same {rows[0]['examples']} pairs, one seed. Made by `stackcomp study {FILE}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
+            f"{len(rows)} pipelines, chosen and scored on the same {rows[0]['examples']} pairs, one seed. "
+            f"Made by `stackcomp study {FILE}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
             f"{rows[0]['machine']['threads']} thread, torch {rows[0]['versions']['torch']}.",
         ]
     )

@@ -40,6 +40,9 @@ class Pass(ABC):
     idle: ClassVar[Mapping[str, Any] | None] = (
         None  # settings with which the pass does nothing, if it has such
     )
+    undivided: ClassVar[str] = (
+        ""  # why `only` and `skip` cannot be given, of a pass that chooses its weights itself
+    )
 
     def __new__(cls, *args: Any, **settings: Any) -> "Pass":
         known = [field.name for field in fields(cls)]
@@ -56,6 +59,8 @@ class Pass(ABC):
     def __post_init__(self) -> None:
         for name in ("only", "skip"):
             value: Any = getattr(self, name)
+            if self.undivided and value is not None:
+                raise SettingError(f"{name}={value!r}: {self.name} {self.undivided}; leave it out")
             if value is None or isinstance(value, str):
                 continue
             globs = cast("list[Any]", [*value]) if isinstance(value, tuple | list) else []

@@ -11,22 +11,17 @@ for numbers that of the number; for plain encoders that of the normalised mean e
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stackcomp.core.context import Progress, quiet
+from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
 from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
 from stackcomp.nn import WeightHandle
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stackcomp.data.task import Task
 
 PROBES = 1  # random draws a batch: many texts say more than many draws
 
@@ -105,20 +100,16 @@ def row_importance(
 
 
 def labelled_batches(
-    task: "Task",
-    tokenizer: "PreTrainedTokenizerBase",
-    limit: int,
-    *,
-    batch_size: int,
-    label: str,
-    progress: Progress = quiet,
+    context: Context, limit: int, *, batch_size: int, label: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of a fixed random subset of the training examples, longest first, under a bar with this label."""
-    encoded = task.encode(tokenizer, "train", limit)
+    """Padded batches of a fixed random subset of a run's training examples, longest first, under a bar with this label."""
+    assert context.task is not None
+    assert context.tokenizer is not None
+    encoded = context.task.encode(context.tokenizer, "train", limit)
     rows = encoded.to_list()
     order = inference_batches(lengths_of(encoded[:]), batch_size=batch_size)
-    collate = Collator(tokenizer)
-    for batch in progress(order, label=label, total=len(order)):
+    collate = Collator(context.tokenizer)
+    for batch in context.progress(order, label=label, total=len(order)):
         yield collate([rows[i] for i in batch])
 
 

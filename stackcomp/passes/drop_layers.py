@@ -37,14 +37,10 @@ class DropLayers(Pass):
     paper: ClassVar[str] = (
         "Sajjad et al., arXiv:2004.03844; as a student's start: Sanh et al., DistilBERT, arXiv:1910.01108"
     )
+    undivided: ClassVar[str] = "chooses layers by keep= and which="
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("only", "skip"):
-            if getattr(self, name) is not None:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r}: DropLayers chooses layers by keep= and which=; leave it out"
-                )
         if isinstance(self.which, str):
             one_of("which", self.which, ("even", "first", "last"))
         else:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn
 from stackcomp.core.contract import Contract
-from stackcomp.core.errors import SettingError
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan
 
@@ -29,14 +28,7 @@ class EntropyCode(Pass):
     """
 
     paper: ClassVar[str] = "Han et al., Deep Compression, arXiv:1510.00149"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("only", "skip"):
-            if getattr(self, name) is not None:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r}: EntropyCode codes the whole file; leave it out"
-                )
+    undivided: ClassVar[str] = "codes the whole file"
 
     @property
     def contract(self) -> Contract:

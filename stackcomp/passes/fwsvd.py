@@ -98,13 +98,5 @@ class FWSVD(Pass):
     ) -> "dict[str, torch.Tensor]":
         """I of every weight."""
         assert context.task is not None
-        assert context.tokenizer is not None
-        batches = data.labelled_batches(
-            context.task,
-            context.tokenizer,
-            self.samples,
-            batch_size=self.batch_size,
-            label="Fisher",
-            progress=context.progress,
-        )
+        batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="Fisher")
         return data.row_importance(model, handles, batches, training.TaskLoss(task=context.task))

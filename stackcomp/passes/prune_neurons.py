@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import data, nn, training
 from stackcomp.core.contract import Contract, Need
-from stackcomp.core.errors import SettingError, UnsupportedModel
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.families import feed_forward_of
 from stackcomp.core.passes import Findings, Pass
@@ -41,15 +41,11 @@ class PruneNeurons(Pass):
     batch_size: int = 32
 
     paper: ClassVar[str] = "Molchanov et al., arXiv:1611.06440; of heads: Michel et al., arXiv:1905.10650"
+    undivided: ClassVar[str] = "makes all layers equally narrow"
     idle: ClassVar[dict[str, Any]] = {"keep": 1.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("only", "skip"):
-            if getattr(self, name) is not None:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r}: PruneNeurons makes all layers equally narrow; leave it out"
-                )
         within("keep", self.keep, 0.0, 1.0, above=True)
         whole("samples", self.samples, 1)
         whole("batch_size", self.batch_size, 1)
@@ -111,15 +107,7 @@ class PruneNeurons(Pass):
     ) -> "dict[str, torch.Tensor]":
         """The importance of the neurons that each weight reads."""
         assert context.task is not None
-        assert context.tokenizer is not None
-        batches = data.labelled_batches(
-            context.task,
-            context.tokenizer,
-            self.samples,
-            batch_size=self.batch_size,
-            label="importance",
-            progress=context.progress,
-        )
+        batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="importance")
         return data.input_importance(model, modules, batches, training.TaskLoss(task=context.task))
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
-from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.families import vocabulary
 from stackcomp.core.passes import Findings, Pass
@@ -41,14 +40,10 @@ class PruneVocabulary(Pass):
     least: int = 1
 
     paper: ClassVar[str] = "Abdaoui et al., Load What You Need, arXiv:2010.05609"
+    undivided: ClassVar[str] = "works on the word embedding and its output head"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("only", "skip"):
-            if getattr(self, name) is not None:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r}: PruneVocabulary works on the word embedding and its output head; leave it out"
-                )
         whole("least", self.least, 1)
 
     @property

@@ -11,6 +11,7 @@ from scipy import stats
 import stackcomp as sc
 from stackcomp import checkpoint, data, nn, training
 from stackcomp.core import headers
+from stackcomp.core.context import Context
 from stackcomp.core.contract import predict
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.families import FAMILIES, feed_forward_of
@@ -58,16 +59,17 @@ def test_neurons_that_nothing_reads_go_and_change_nothing(family, tokenizer, tmp
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_importance_ranks_neurons_as_the_loss_does(family, tokenizer):
+def test_importance_ranks_neurons_as_the_loss_does(family, tokenizer, tmp_path):
     model, task = toys.classifier(family), toys.classification_task()
     with torch.no_grad():  # a little of each neuron is what the first order is right for
         for handle in readers(model, family):
             handle.parameter.mul_(0.1)
     modules = {handle.spec.id: handle.modules for handle in readers(model, family)}
     loss = training.TaskLoss(task=task)
+    context = Context(targets=(), seed=0, scratch=tmp_path, task=task, tokenizer=tokenizer)
 
     def batches(size):
-        return list(data.labelled_batches(task, tokenizer, 24, batch_size=size, label=""))
+        return list(data.labelled_batches(context, 24, batch_size=size, label=""))
 
     found = data.input_importance(model, modules, batches(8), loss)
     one_by_one = data.input_importance(model, modules, batches(1), loss)
