@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.command import ROOT
 from benchmarks.tables import not_run, table
-from stackcomp.cli import read_file
+from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
 from stackcomp.studies.analysis import Attribution, Cells, Extra, attribution, extra
 from stackcomp.studies.report import files

@@ -7,7 +7,7 @@ from functools import cache
 from benchmarks.command import ROOT
 from benchmarks.comparison import DENSE, Cell, Comparison, Estimate, at_equal_score, geometric_mean
 from benchmarks.tables import command, not_run, plus_minus, table
-from stackcomp.cli import read_file
+from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
 
 RATIO = 2.8  # the one at which all methods are run

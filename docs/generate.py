@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no i
 
 from benchmarks import combined, dsformer, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
-from stackcomp.cli import read_file  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
 from stackcomp.core.passes import Pass  # noqa: E402
+from stackcomp.core.pipeline_file import read_file  # noqa: E402
 from stackcomp.passes import registered  # noqa: E402
 
 REPORT = Report(root=ROOT)
@@ -283,8 +283,9 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 
 def summary() -> str:
     """The order of the pages."""
-    written = {"index.md": "Home", "concepts.md": "Concepts"}
+    written = {"index.md": "Home", "concepts.md": "Concepts", "studies.md": "Studies"}
     order = ["index.md", "tutorials/quickstart.md", "concepts.md", *list(PAGES)[1:]]
+    order.insert(order.index("combinations.md"), "studies.md")
     titles = {**written, **{path: title for path, (title, _) in PAGES.items()}}
     return "\n".join(f"- [{titles[path]}]({path})" for path in order)
 

@@ -7,20 +7,17 @@ disk, an entry of a study), 130 when interrupted. Results go to standard output,
 
 import argparse
 import errno
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
-
-if TYPE_CHECKING:
-    from stackcomp.studies import Study
+from stackcomp.core.pipeline_file import read_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="entries whose key matches")
     command.add_argument(
         "--minutes", type=float, metavar="N", help="start no further entry after so many minutes"
+    )
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="share the work between N processes of this machine"
+    )
+    command.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="share it between the nodes of this Ray cluster, which must see the same folders",
+    )
+    command.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each worker (default: what its share of the cores is; on Ray 1)",
     )
     command.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
     command.add_argument(
@@ -205,9 +216,9 @@ def _tokenizer(found: dict[str, Any], model: Any, file: Path) -> Any:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from stackcomp.studies import Rows, Runner
+    from stackcomp.studies import Rows, Runner, declared, workers
 
-    study = _declared_study(options.file)
+    study = declared(options.file)
     rows = Rows(name=study.name, folder=options.results)
     out = options.out or Path("out/study") / study.name
     if options.replay is not None:
@@ -220,30 +231,25 @@ def _study(options: argparse.Namespace) -> int:
     if options.list:
         print(f"{runner.table()}\n{runner.summary()}")
         return 0
-    return 1 if runner.go() else 0
+    if options.workers is None and options.ray is None:
+        return 1 if runner.go() else 0
+    crew = workers.Crew(
+        file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads
+    )
+    return 0 if (crew.here() if options.ray is None else crew.on_ray(options.ray)) else 1
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stackcomp.studies import Rows
+    from stackcomp.studies import Rows, declared
     from stackcomp.studies.report import write
 
-    study = _declared_study(options.file)
+    study = declared(options.file)
     rows = Rows(name=study.name, folder=options.results).read()
     asked = {entry.key: entry for entry in study.entries}
     ours = [row for row in rows if row["key"] in asked and asked[row["key"]].made(row)]
     for path in write(study, ours, options.out, options.floor):
         print(path)
     return 0
-
-
-def _declared_study(file: Path) -> "Study":
-    """The `study` that a file defines."""
-    from stackcomp.studies import Study
-
-    found = read_file(file).get("study")
-    if not isinstance(found, Study):
-        raise PipelineFileError(f"{file} defines no `study`: write study = stackcomp.Study(...)")
-    return found
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -279,41 +285,6 @@ def describe(cls: type[Pass]) -> str:
         f"  paper: {cls.paper}",
     ]
     return "\n".join(lines)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The names a pipeline file defines; it may import files beside it, as a script may. Raises PipelineFileError when it is missing
-    or raises."""
-    if not path.is_file():
-        raise PipelineFileError(f"{path} is no file: give a Python file that defines `pipeline`")
-    try:
-        spec = importlib.util.spec_from_file_location(f"stackcomp_file_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise PipelineFileError(f"{path} is no Python file: its name must end in .py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where a pass that the file defines is looked up
-        folder = str(path.resolve().parent)
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-        spec.loader.exec_module(module)
-        return vars(module)
-    except StackcompError:
-        raise
-    except (Exception, SystemExit) as error:
-        line = _line_in(path, error)
-        raise PipelineFileError(
-            f"{path}{line}: {type(error).__name__}: {error}; mend the file, then try again"
-        ) from error
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    """`, line N` of the last frame of `error` that is in `path`."""
-    trace, found = error.__traceback__, error.lineno if isinstance(error, SyntaxError) else None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            found = trace.tb_lineno
-        trace = trace.tb_next
-    return f", line {found}" if found else ""
 
 
 def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:

@@ -7,7 +7,8 @@ import pytest
 from benchmarks import comparison, dsformer, pictures
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison, Curve, at_equal_score
-from stackcomp.cli import main, read_file
+from stackcomp.cli import main
+from stackcomp.core.pipeline_file import read_file
 from tests import toys
 
 STUDY = dsformer.study()

@@ -6,6 +6,6 @@ Light to import: a study file must be readable without torch.
 from stackcomp.studies.combinations import combinations
 from stackcomp.studies.rows import Rows
 from stackcomp.studies.runner import Runner
-from stackcomp.studies.study import Entry, Study
+from stackcomp.studies.study import Entry, Study, declared
 
-__all__ = ["Entry", "Rows", "Runner", "Study", "combinations"]
+__all__ = ["Entry", "Rows", "Runner", "Study", "combinations", "declared"]

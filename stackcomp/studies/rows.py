@@ -6,7 +6,7 @@ figures, so that a study knows from its rows alone what is done, and a reader ca
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,13 +56,17 @@ class Rows:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, wait=True):
             kept = self.read()
-            places = [index for index, old in enumerate(kept) if old["key"] == row["key"]]
-            kept = (
-                [row if index in places else old for index, old in enumerate(kept)]
-                if places
-                else [*kept, row]
-            )
-            write_atomic(self.path, "".join(f"{json.dumps(item)}\n" for item in kept))
+            known = any(old["key"] == row["key"] for old in kept)
+            self._write([row if old["key"] == row["key"] else old for old in kept] if known else [*kept, row])
+
+    def remove(self, keys: Collection[str]) -> None:
+        """Remove the rows of these keys."""
+        if keys:
+            with locked(self.folder, wait=True):
+                self._write([row for row in self.read() if row["key"] not in keys])
+
+    def _write(self, rows: Iterable[Row]) -> None:
+        write_atomic(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def has(self, key: str, **same: Any) -> bool:
         """Whether there is a row with this key whose other entries equal `same`: what the study would run again."""

@@ -28,7 +28,7 @@ from stackcomp.manager import Measuring, PassManager
 from stackcomp.run import CHAIN
 from stackcomp.studies.forecast import Forecast, duration, forecast
 from stackcomp.studies.rows import Row, Rows, figures, stamp
-from stackcomp.studies.study import Entry, Study
+from stackcomp.studies.study import Entry, Study, line_of
 
 PATIENCE = 2.0  # seconds between looks at entries that another process runs
 
@@ -43,7 +43,8 @@ class Runner:
     """Runs `study` into `rows`, with `out` as its working folder, which several processes may share.
 
     only: globs on the keys of the entries to run, all of them when there is none. minutes: after so many no
-    further entry is started. tell: takes each line of progress.
+    further entry is started. tell: takes each line of progress. lost: finished entries whose result was wanted
+    again and could not be made.
     """
 
     study: Study
@@ -52,7 +53,7 @@ class Runner:
     only: tuple[str, ...] = ()
     minutes: float | None = None
     tell: Callable[[str], None] = say
-    failed: set[str] = field(default_factory=set[str], init=False)
+    lost: set[str] = field(default_factory=set[str], init=False)
 
     def go(self) -> int:
         """Run what is missing; returns how many entries failed.
@@ -61,26 +62,35 @@ class Runner:
         anything is run. An entry that raises gets a row that says so, and the others go on; a full disk
         stops the study.
         """
-        chosen = self.chosen()
+        self.begin()
+        return self.walk()
+
+    def begin(self) -> None:
+        """Judge all pipelines, say what is to do, and forget the failures of earlier runs: they are tried again."""
+        self.chosen()
         self.study.check()
+        self.rows.remove(self.failed())
         self.tell(self.summary())
         self._prune()
+
+    def walk(self) -> int:
+        """Run what is missing, beside whoever else is at it; returns how many entries have failed since `begin`, whoever ran them."""
         end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
-        waiting = list(chosen)
+        waiting = self.chosen()
         while waiting:
             held: list[Entry] = []
             for entry in waiting:
-                if entry.key in self.failed or entry.key in self.finished():
+                if entry.key in self.failed() or entry.key in self.finished():
                     continue
                 if end is not None and time.monotonic() >= end:
                     self.tell(f"{self.minutes:g} minutes are over: run the same command again to go on")
-                    return len(self.failed)
+                    return len(self.failed())
                 if not self._settle(entry):
                     held.append(entry)
             if held and len(held) == len(waiting):  # other processes are at all of them
                 time.sleep(PATIENCE)
             waiting = held
-        return len(self.failed)
+        return len(self.failed())
 
     # what is there, and what is to do
 
@@ -103,6 +113,16 @@ class Runner:
             entry.key: rows[entry.key]
             for entry in self.study.entries
             if entry.key in rows and entry.is_done(rows[entry.key])
+        }
+
+    def failed(self) -> set[str]:
+        """Keys of the chosen entries that failed, and of those that they start from."""
+        line = {one.key: one for entry in self.chosen() for one in line_of(entry)}
+        rows = {row["key"]: row for row in self.rows.read()}
+        return self.lost | {
+            key
+            for key, entry in line.items()
+            if key in rows and "error" in rows[key] and entry.made(rows[key])
         }
 
     def summary(self) -> str:
@@ -162,12 +182,14 @@ class Runner:
     def _settle(self, entry: Entry, *, for_its_model: bool = False) -> bool:
         """See to it that `entry` has its row, or its result too; False when another process is at it."""
         parent = entry.parent
-        ready = parent is None or parent.key in self.failed or self._is_kept(parent)
+        ready = parent is None or parent.key in self.failed() or self._is_kept(parent)
         if parent is not None and not ready and not self._settle(parent, for_its_model=True):
             return False
         with self._held(entry) as ours:
             if ours:
                 known = self.finished().get(entry.key)
+                if entry.key in self.failed():
+                    return True
                 if known is None or (for_its_model and not self._is_kept(entry)):
                     self._run(entry, known)
         return ours
@@ -179,10 +201,11 @@ class Runner:
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
-            self.failed.add(entry.key)
             said = {"type": type(error).__name__, "message": str(error)}
             if known is None:
                 self.rows.add({**self._head(entry), "error": said})
+            else:
+                self.lost.add(entry.key)
             self.tell(f"failed: {entry.key}: {said['type']}: {said['message']}")
             return
         row = {
@@ -205,7 +228,7 @@ class Runner:
         """Run the entry's pipeline, from the cache as far as that goes."""
         source = entry.model
         if isinstance(source, Entry):
-            if source.key in self.failed:
+            if source.key in self.failed():
                 raise MissingNeed(f"the entry it starts from, {source.key!r}, failed: mend that one first")
             source = self._folder(source)
         manager = PassManager(

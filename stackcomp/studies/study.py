@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackcomp.core import headers, manifest
-from stackcomp.core.errors import SettingError, StackcompError, StudyRefused
+from stackcomp.core.errors import PipelineFileError, SettingError, StackcompError, StudyRefused
 from stackcomp.core.fingerprint import digest
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
+from stackcomp.core.pipeline_file import read_file
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import whole
 from stackcomp.manager import check
@@ -188,6 +189,14 @@ class Study:
         reasons = Counter(one.reason for one in self.skipped)
         lines = [f"  {count} times: {reason}" for reason, count in reasons.most_common()]
         return "\n".join([f"{len(self.skipped)} illegal pipelines are left out", *lines] if lines else [])
+
+
+def declared(file: Path) -> Study:
+    """The `study` that a file defines. Raises PipelineFileError where there is none."""
+    found = read_file(file).get("study")
+    if not isinstance(found, Study):
+        raise PipelineFileError(f"{file} defines no `study`: write study = stackcomp.Study(...)")
+    return found
 
 
 def plan_after(model: Entry | str | Path, known: dict[Entry | str, Plan]) -> Plan:

@@ -182,17 +182,6 @@ def start(command, **environment):
     )
 
 
-def test_two_processes_share_the_work(command, tmp_path):
-    both = [start(command, SECONDS_MORE="1") for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sorted(applied()) == ["Prune", "Round", "Train"]
-    rows = Rows(name="toy", folder=tmp_path / "results").read()
-    assert {row["key"] for row in rows} == {"tuned", "tuned/pruned", "tuned/rounded"}
-    assert not any("error" in row for row in rows)
-    assert sum(text.count("/3] ") for text in said) == 3
-
-
 def test_killed_in_the_middle_and_run_again(command, tmp_path):
     process = start(command, SECONDS_MORE="2")
     while "Prune" not in applied() and process.poll() is None:
