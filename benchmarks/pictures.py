@@ -31,6 +31,7 @@ GREEN, PURPLE, GREY = "#007A5A", "#9C4478", "0.35"
 _METHODS = {  # name, colour, marker, line
     "STF": ("DSFormer (STF)", BLUE, "o", "-"),
     "conventional": ("conventional", ORANGE, "s", "-"),
+    "STF, plain start": ("DSFormer,\nplain start", BLUE, "p", ":"),
     "conventional, plain start": ("conventional,\nplain start", ORANGE, "s", ":"),
     "data-aware SVD": ("data-aware SVD", GREEN, "^", "--"),
     "SVD": ("SVD", GREEN, "v", ""),

@@ -91,7 +91,7 @@ def measure(model: Any, inputs: Any, *, steps: int, rounds: int, seed: int) -> d
     other = factorized_copy(model, seed)
     chosen = [id_ for id_, handle in nn.weights(other).items() if training.projects(handle)]
     times: list[tuple[float, float, float]] = []
-    with training.straightened(other, metrics(other, inputs, chosen)) as latents:
+    with training.straightened(other, metrics(other, inputs, chosen), {}) as latents:
         plain, ours = stepper(model, batch), stepper(other, batch)
 
         def project() -> None:

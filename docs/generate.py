@@ -34,7 +34,13 @@ PUBLIC = {
         "stackcomp.core.contract.Need",
         "stackcomp.core.facts.Fact",
     ],
-    "Studies": ["stackcomp.studies.Study", "stackcomp.studies.Entry", "stackcomp.studies.combinations"],
+    "Studies": [
+        "stackcomp.studies.Study",
+        "stackcomp.studies.Entry",
+        "stackcomp.studies.combinations",
+        "stackcomp.studies.Search",
+        "stackcomp.studies.Rung",
+    ],
     "The ledger": [
         "stackcomp.core.ledger.Ledger",
         "stackcomp.core.ledger.Row",

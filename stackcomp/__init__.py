@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
     from stackcomp.manager import PassManager, check
-    from stackcomp.studies import Entry, Study, combinations
+    from stackcomp.studies import Entry, Rung, Search, Study, combinations
 
 __all__ = [
     "Contract",
@@ -31,6 +31,8 @@ __all__ = [
     "Pass",
     "PassManager",
     "Pipeline",
+    "Rung",
+    "Search",
     "Study",
     "check",
     "combinations",
@@ -62,7 +64,7 @@ def __getattr__(name: str) -> Any:
         from stackcomp.checkpoint import load
 
         return load
-    if name in ("Entry", "Study", "combinations"):
+    if name in ("Entry", "Rung", "Search", "Study", "combinations"):
         from stackcomp import studies
 
         return getattr(studies, name)

@@ -1,8 +1,8 @@
-"""The command line: `stackcomp check | run | study | report | show | passes`.
+"""The command line: `stackcomp check | run | study | search | report | show | passes`.
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
-disk, an entry of a study), 130 when interrupted. Results go to standard output, messages to standard error. Torch is imported by
-`run` and `study` only.
+disk, an entry of a study) or a search reaches no goal, 130 when interrupted. Results go to standard output, messages to standard
+error. Torch is imported by `run`, `study` and `search` only.
 """
 
 import argparse
@@ -109,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
         help="run a finished row again, in the new folder --out, and compare the bytes",
     )
     command.set_defaults(command=_study)
+
+    command = commands.add_parser(
+        "search",
+        help="find the smallest file for a score, or the best score for a size; goes on where it was stopped",
+    )
+    command.add_argument("file", type=Path, metavar="FILE.py", help="defines `search`")
+    command.add_argument("--out", type=Path, metavar="DIR", help="working folder (default out/search/NAME)")
+    _add_results(command)
+    command.set_defaults(command=_search)
 
     command = commands.add_parser(
         "report",
@@ -237,6 +246,19 @@ def _study(options: argparse.Namespace) -> int:
         file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads
     )
     return 0 if (crew.here() if options.ray is None else crew.on_ray(options.ray)) else 1
+
+
+def _search(options: argparse.Namespace) -> int:
+    from stackcomp.studies import Rows
+    from stackcomp.studies.search import Search, search
+
+    asked = read_file(options.file).get("search")
+    if not isinstance(asked, Search):
+        raise PipelineFileError(f"{options.file} defines no `search`: write search = stackcomp.Search(...)")
+    out = options.out or Path("out/search") / asked.name
+    found = search(asked, Rows(name=asked.name, folder=options.results), out)
+    print(found)
+    return 0 if found.reached else 1
 
 
 def _report(options: argparse.Namespace) -> int:

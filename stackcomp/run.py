@@ -258,6 +258,7 @@ class Run:
             tokenizer=tokenizer,
             teacher=lambda: self._teacher(tokenizer),
             calibration=self._calibration,
+            origins={weight.id: weight.origin for weight in chosen.weights},
             progress=self._progress,
         )
         return item.apply(model, context)

@@ -17,6 +17,7 @@ DROPS = {  # points lost at 2.8x
     "STF": 0.6,
     "conventional": 1.2,
     "data-aware SVD": 2.1,
+    "STF, plain start": 1.5,
     "conventional, plain start": 3.0,
     "SVD": 3.8,
     "FWSVD": 3.2,

@@ -82,7 +82,8 @@ def stf(budget: Budget, **settings: object) -> sc.Pass:
 
 
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
-    """Every method at an encoder compression of about `ratio`, by the name that tables use; the first three are run at every ratio."""
+    """Every method at an encoder compression of about `ratio`, by the name that tables use; the first three are run at every ratio, the
+    plain starts from 2.8 on, the others there only."""
     recovery = budget.recovery
     low_rank = {"ratio": ratio, "only": BLOCKS}
     found = {
@@ -90,12 +91,16 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
     }
+    if ratio == 2.0:
+        return found
+    plain = sc.DenseSparse(ratio=ratio, only=BLOCKS, data_aware=False, spread=1.0, sweeps=12)
+    found |= {
+        "STF, plain start": sc.Pipeline(plain, stf(budget, latent="dense")),
+        "conventional, plain start": sc.Pipeline(plain, recovery),
+    }
     if ratio != 2.8:
         return found
     return found | {
-        "conventional, plain start": sc.Pipeline(
-            sc.DenseSparse(ratio=ratio, only=BLOCKS, data_aware=False, spread=1.0, sweeps=12), recovery
-        ),
         "SVD": sc.Pipeline(sc.LowRank(**low_rank, data_aware=False, spread=1.0), recovery),
         "FWSVD": sc.Pipeline(sc.FWSVD(**low_rank, samples=1024), recovery),
         "1:3 sparsity": sc.Pipeline(sc.MagnitudePrune(sparsity="1:3", only=BLOCKS), recovery),

@@ -1,7 +1,7 @@
 """`Context`: what the manager hands to a pass beside the model. Read only."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -28,7 +28,8 @@ def quiet(items: Iterable[Item], /, label: str, total: int | None = None) -> Ite
 class Context:
     """What a pass may read while it runs.
 
-    targets: ids of the weights it may change, in model order; seed: of every random choice; scratch: a
+    targets: ids of the weights it may change, in model order; origins: by these ids, those that the weights had in the model as it
+    came, where they are others; seed: of every random choice; scratch: a
     private folder that lives until the pass has finished, where a training pass keeps what it resumes from;
     tokenizer: what the model reads from; a pass that changes the vocabulary changes it in place, as it does the model; teacher: loads the
     model as it came, when first called, with the vocabulary of `tokenizer`; calibration: unlabelled sentences, so many or all there are.
@@ -42,4 +43,5 @@ class Context:
     tokenizer: "PreTrainedTokenizerBase | None" = None
     teacher: "Callable[[], PreTrainedModel] | None" = None
     calibration: "Callable[[int], Sequence[Any]] | None" = None
+    origins: Mapping[str, str] = field(default_factory=dict[str, str])
     progress: Progress = quiet

@@ -1,17 +1,18 @@
 """The Straight-Through Factorizer: the support and both factors of dense-sparse weights learned for the task."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stackcomp import data, nn, ops, training
 from stackcomp.core.contract import Contract, Need
-from stackcomp.core.errors import NothingToCompress
+from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
-from stackcomp.core.settings import whole, within
+from stackcomp.core.settings import one_of, whole, within
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
@@ -32,17 +33,21 @@ class STF(LearnedForm):
     away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
     in the plain one.
+    latent: what W starts as. "product", S D: supports stay nearly as they are, and what is learned is their values and
+    the basis; best after a data-aware DenseSparse, whose supports fit already. "dense", the weight as it came: supports
+    move from the first projection on; best after a plain DenseSparse, and only where the factors were made of that very
+    weight (what an earlier pass has trained is forgotten).
 
     only, skip: the weights whose support is learned; everything but `frozen` is trained. distill: follow the model as it
     came, with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the
     task. The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup,
     schedule, weight_decay, bf16, dropout, limit, save_every.
 
-    Where we differ from the paper: the start and the projections are data-aware, and W starts as the product S D rather
-    than as the dense weight, whose other part pulls the supports back to where they fit that weight.
+    Where we differ from the paper: the start and the projections are data-aware.
     """
 
     every: int = 16
+    latent: Literal["product", "dense"] = "product"
     data_aware: bool = True
     samples: int = 1024
     damping: float = 1e-3
@@ -52,6 +57,7 @@ class STF(LearnedForm):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("every", self.every, 1)
+        one_of("latent", self.latent, ("product", "dense"))
         whole("samples", self.samples, 1)
         within("damping", self.damping, 0.0, 1.0, above=True)
 
@@ -60,8 +66,9 @@ class STF(LearnedForm):
         wanted = facts(Fact.FLOAT, Fact.FACTOR, Fact.SPARSE)
         if self.epochs == 0:
             return Contract(finds=wanted, may_leave=True)
-        calibrated = {Need.CALIBRATION} if self.data_aware else set[Need]()
-        return Contract(finds=wanted, may_leave=True, trains=True, needs=self._needs | calibrated)
+        more = {Need.CALIBRATION} if self.data_aware else set[Need]()
+        more |= {Need.TEACHER} if self.latent == "dense" else set[Need]()
+        return Contract(finds=wanted, may_leave=True, trains=True, needs=self._needs | more)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:
@@ -74,7 +81,9 @@ class STF(LearnedForm):
                 "ask DenseSparse for a higher ratio, or use Distill"
             )
         changed: list[float] = []
-        with training.straightened(model, self._metrics(model, context, chosen)) as latents:
+        dense = self._dense(context, {id_: handles[id_] for id_ in chosen})
+        metrics = self._metrics(model, context, chosen)
+        with training.straightened(model, metrics, dense) as latents:
 
             def project(step: int) -> None:
                 if step and step % self.every == 0:
@@ -87,6 +96,23 @@ class STF(LearnedForm):
             "weights": len(chosen),
             "changed": [round(share, 5) for share in changed],
         }
+
+    def _dense(self, context: "Context", handles: "dict[str, nn.WeightHandle]") -> "dict[str, torch.Tensor]":
+        """What each W starts as, where that is not S D."""
+        if self.latent == "product":
+            return {}
+        assert context.teacher is not None
+        came = nn.weights(context.teacher())
+        found: dict[str, torch.Tensor] = {}
+        for id_, handle in handles.items():
+            origin = came.get(context.origins.get(id_, id_))
+            if origin is None or (origin.spec.rows, origin.spec.cols) != (handle.spec.rows, handle.spec.cols):
+                raise SettingError(
+                    f"latent='dense': the model as it came has no {handle.spec.rows} x {handle.spec.cols} weight behind {id_}; "
+                    "give latent='product'"
+                )
+            found[id_] = origin.dense().float()
+        return found
 
     def _metrics(
         self, model: "PreTrainedModel", context: "Context", ids: list[str]

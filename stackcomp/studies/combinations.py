@@ -25,7 +25,7 @@ THEN = " > "  # between the names of techniques in a key
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Step:
+class Technique:
     """A technique at one of its strengths; strength: the settings in which the strengths differ, "" where there is one."""
 
     name: str
@@ -63,9 +63,9 @@ def combinations(
     Raises StudyRefused when a technique is in no legal pipeline, with the words of the contract, SettingError for wrong types.
     """
     one_of("recover", recover, ("end", "each"))
-    steps = _steps(passes)
+    steps = techniques(passes)
     plan = plan_after(model, {})
-    legal: list[tuple[tuple[_Step, ...], Pipeline]] = []
+    legal: list[tuple[tuple[Technique, ...], Pipeline]] = []
     skipped: list[Skipped] = []
     for order in _orders(steps):
         pipeline = _pipeline(order, recovery, recover, len(passes))
@@ -96,9 +96,9 @@ def combinations(
     return Study(name=name, entries=(*line_of(model), *entries), skipped=tuple(skipped))
 
 
-def _steps(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[_Step]:
+def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
     """All techniques at all strengths. Raises SettingError for what is no technique."""
-    found: list[_Step] = []
+    found: list[Technique] = []
     for name, given in passes.items():
         if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
             raise SettingError(
@@ -118,13 +118,13 @@ def _steps(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[_Step]:
         ]
         for item in items:
             strength = " ".join(f"{setting}={getattr(item, setting)}" for setting in changed)
-            found.append(_Step(name=name, strength=strength, item=item))
+            found.append(Technique(name=name, strength=strength, item=item))
     if not found:
         raise SettingError("passes={} holds no technique: give at least one")
     return found
 
 
-def _orders(steps: Sequence[_Step], begun: tuple[_Step, ...] = ()) -> Iterator[tuple[_Step, ...]]:
+def _orders(steps: Sequence[Technique], begun: tuple[Technique, ...] = ()) -> Iterator[tuple[Technique, ...]]:
     """Every ordered subset that goes on from `begun`, each technique at one strength; a beginning before what goes on from it."""
     for step in steps:
         if step.name not in {other.name for other in begun}:
@@ -132,7 +132,7 @@ def _orders(steps: Sequence[_Step], begun: tuple[_Step, ...] = ()) -> Iterator[t
             yield from _orders(steps, (*begun, step))
 
 
-def _pipeline(order: Sequence[_Step], recovery: Pass | None, recover: str, count: int) -> Pipeline:
+def _pipeline(order: Sequence[Technique], recovery: Pass | None, recover: str, count: int) -> Pipeline:
     """The techniques in this order with their recovery, of which every pipeline has as much."""
     items = [step.item for step in order]
     if recovery is None:
@@ -143,7 +143,7 @@ def _pipeline(order: Sequence[_Step], recovery: Pass | None, recover: str, count
     return Pipeline(*(part for item in items for part in (item, recovery)), *rest)
 
 
-def _refusal(order: Sequence[_Step], pipeline: Pipeline, plan: Plan) -> Skipped | None:
+def _refusal(order: Sequence[Technique], pipeline: Pipeline, plan: Plan) -> Skipped | None:
     """Why the pipeline is illegal on `plan`, with the first technique (or the recovery) that is refused; None when it is legal."""
     try:
         check(pipeline, plan)
@@ -171,8 +171,8 @@ def _fits(passes: Sequence[Pass], plan: Plan) -> bool:
 
 
 def _refuse_unused(
-    steps: Sequence[_Step],
-    legal: Sequence[tuple[tuple[_Step, ...], Pipeline]],
+    steps: Sequence[Technique],
+    legal: Sequence[tuple[tuple[Technique, ...], Pipeline]],
     skipped: Sequence[Skipped],
 ) -> None:
     """Raise StudyRefused for a technique that is in no legal pipeline: its name, or its globs, are wrong."""

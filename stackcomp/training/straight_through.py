@@ -4,7 +4,8 @@
     forward: W' = W + shift,  shift = S D - W when the weight was last projected;   dL/dW = dL/dW'
 
 At a projection W' is S D exactly. Until the next one it moves with W, so a step costs what a dense step costs, and what the projection
-leaves out stays in W, where it adds up until it is worth a place in the support.
+leaves out stays in W. That rest is what moves supports. A W that starts as the dense weight that was factorized has it at once; one that
+starts as S D has none, and an atom outside a support must outgrow one inside by gradient steps alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,9 @@ class Latent(nn.Module):
     code: Tensor
     mask: Tensor
 
-    def __init__(self, factors: DenseSparseFactors, metric: Whitener | None) -> None:
+    def __init__(
+        self, factors: DenseSparseFactors, metric: Whitener | None, dense: Tensor | None = None
+    ) -> None:
         super().__init__()
         product = factors.product()
         blocks, atoms, _ = factors.basis.shape
@@ -49,8 +52,8 @@ class Latent(nn.Module):
             inputs=metric,
             start=factors,
         )
-        self.weight = nn.Parameter(product)
-        self.register_buffer("shift", torch.zeros_like(product))
+        self.weight = nn.Parameter((product if dense is None else dense).clone())
+        self.register_buffer("shift", product - self.weight.detach())
         for name in ("basis", "code", "mask"):
             self.register_buffer(name, getattr(self._factorizer, name).clone())
 
@@ -104,11 +107,13 @@ def projects(handle: WeightHandle) -> bool:
 
 
 @contextmanager
-def straightened(model: "PreTrainedModel", ids: Mapping[str, Whitener | None]) -> Iterator[dict[str, Latent]]:
-    """Train the dense-sparse weights `ids` through their projections as long as the context lasts; afterwards the model holds the
-    factors of the last projection. The values are the metrics of the layers' inputs."""
-    handles = {id_: handle for id_, handle in weights(model).items() if id_ in ids}
-    latents = {id_: Latent(_factors(handle), ids[id_]) for id_, handle in handles.items()}
+def straightened(
+    model: "PreTrainedModel", metrics: Mapping[str, Whitener | None], dense: Mapping[str, Tensor]
+) -> Iterator[dict[str, Latent]]:
+    """Train the dense-sparse weights of which there are `metrics` (of their inputs) through their projections as long as the context
+    lasts; afterwards the model holds the factors of the last projection. dense: what W starts as, where that is not S D."""
+    handles = {id_: handle for id_, handle in weights(model).items() if id_ in metrics}
+    latents = {id_: Latent(_factors(handle), metrics[id_], dense.get(id_)) for id_, handle in handles.items()}
     places = [_layers(model, handle.spec) for handle in handles.values()]
     for place, latent in zip(places, latents.values(), strict=True):
         made: dict[int, LatentLinear] = {}

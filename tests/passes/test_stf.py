@@ -68,6 +68,17 @@ def test_the_support_follows_a_weight_that_moves_far_and_stays_when_it_does_not(
     assert left_out(latent) < first
 
 
+def test_a_latent_that_starts_dense_moves_the_support_before_anything_has_trained():
+    weight = noise(48, 16)
+    factors = dense_sparse(weight, atoms=8, nonzeros=2, sweeps=1)
+    latent = Latent(factors, None, weight)
+    torch.testing.assert_close(latent(), factors.product())
+    assert torch.equal(latent.weight.detach(), weight)
+    before = left_out(latent)
+    assert latent.project() > 0.02
+    assert left_out(latent) < before
+
+
 def left_out(latent: Latent) -> float:
     """The squared error of the last projection."""
     return float((latent() - latent.weight).square().sum().detach())
@@ -115,6 +126,27 @@ def test_what_it_leaves_is_plain_factors_of_the_same_bytes_and_reloads(factorize
         assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
 
 
+def test_supports_move_where_the_weight_as_it_came_is_known_and_hardly_do_elsewhere(tokenizer, tmp_path):
+    def changed(latent):
+        model = toys.bert_classifier()
+        apply(START, model, tokenizer, tmp_path)
+        step = sc.STF(**QUICK, every=1, learning_rate=1e-9, latent=latent)
+        return sum(apply_to(model, step, tokenizer, tmp_path / f"scratch-{latent}")["changed"])
+
+    assert changed("dense") > 10 * changed("product")
+
+
+def test_a_dense_start_is_refused_where_the_model_as_it_came_has_no_such_weight(
+    factorized, tokenizer, tmp_path, monkeypatch
+):
+    model, _ = factorized
+    monkeypatch.setattr(toys, "bert_classifier", lambda: toys.make("bert", intermediate_size=24))
+    with pytest.raises(
+        SettingError, match=r"latent='dense': the model as it came has no .* give latent='product'"
+    ):
+        apply_to(model, sc.STF(**QUICK, latent="dense"), tokenizer, tmp_path / "scratch")
+
+
 def support(model, id_) -> torch.Tensor:
     return nn.weights(model)[id_].modules[0].matrices["coefficients"].mask()
 
@@ -138,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
 def test_a_failure_leaves_a_model_without_latent_weights(factorized):
     model, ids = factorized
     before = nn.weights_digest(model)
-    with pytest.raises(toys.Killed), training.straightened(model, dict.fromkeys(ids)):
+    with pytest.raises(toys.Killed), training.straightened(model, dict.fromkeys(ids), {}):
         raise toys.Killed
     assert nn.weights_digest(model) == before
 

@@ -1,0 +1,313 @@
+"""Search: the smallest file that loses at most so many points, or the best score within so many bytes.
+
+Pipelines are a strength, or nothing, of each technique, in the order in which these are given. Optuna's tree-structured Parzen estimator
+(arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first rung runs
+many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. All of this is scored on
+the selection split; the pipeline that is chosen is scored once on the test split.
+
+The rows alone say what is done: proposals follow from the seed and the rows before them, so a search that was stopped goes on anywhere.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, log2
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackcomp.core.errors import MissingNeed, SettingError, StackcompError, StudyRefused
+from stackcomp.core.passes import Pass
+from stackcomp.core.pipeline import Pipeline
+from stackcomp.core.plan import Plan
+from stackcomp.core.settings import whole, within
+from stackcomp.manager import check
+from stackcomp.studies.combinations import THEN, Technique, techniques
+from stackcomp.studies.rows import Row, Rows
+from stackcomp.studies.runner import Runner, say
+from stackcomp.studies.study import Entry, Study, line_of, plan_after
+
+if TYPE_CHECKING:
+    from stackcomp.data.task import Task
+
+LEFT_OUT = "-"  # the choice not to use a technique
+POINT = 1.0  # a point beyond what may be lost weighs as much as a factor of two in bytes
+BATCH = 8  # proposals between looks at the rows: those of a batch share their steps
+PATIENCE = 50  # proposals in a row that are illegal or known already, after which the space counts as tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One round of a search. examples: how many are scored, all of the selection split for None; steps: the share of every training
+    pass's steps that is run."""
+
+    examples: int | None = None
+    steps: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.examples is not None:
+            whole("examples", self.examples, 1)
+        within("steps", self.steps, 0.0, 1.0, above=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Search:
+    """What is searched for, and how much is spent on it.
+
+    name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run. Give one goal:
+    loss, the points that the smallest file may lose against the model as it came; or size_bytes, the largest file for the best score.
+    pipelines: how many the first rung tries; rungs: the rounds, cheap ones first, the last one in full; keep: the share of the
+    pipelines that goes from one rung to the next.
+
+    Raises SettingError for a goal or rungs that make no sense, and what `combinations` raises for its passes.
+    """
+
+    name: str
+    model: Entry | str | Path
+    task: "Task"
+    passes: Mapping[str, Pass | Sequence[Pass]]
+    loss: float | None = None
+    size_bytes: int | None = None
+    pipelines: int = 48
+    rungs: tuple[Rung, ...] = (Rung(examples=256, steps=0.1), Rung(examples=1000, steps=0.3), Rung())
+    keep: float = 0.25
+    seed: int = 0
+    tokenizer: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.loss is None) == (self.size_bytes is None):
+            raise SettingError(
+                f"loss={self.loss!r}, size_bytes={self.size_bytes!r}: give one of them, as the goal"
+            )
+        if self.loss is not None:
+            within("loss", self.loss, 0.0)
+        if self.size_bytes is not None:
+            whole("size_bytes", self.size_bytes, 1)
+        whole("pipelines", self.pipelines, 1)
+        whole("seed", self.seed, 0, 2**32 - 1)
+        within("keep", self.keep, 0.0, 1.0, above=True)
+        if not self.rungs or self.rungs[-1].steps != 1.0:
+            raise SettingError("rungs: the last one must run all steps (steps=1.0)")
+        techniques(self.passes)
+
+    def cost(self, row: Row) -> float:
+        """What is minimised: log2 of the bytes and the points beyond `loss`; or the points lost and the doublings beyond `size_bytes`.
+
+        A row that failed costs infinitely much."""
+        if "error" in row:
+            return inf
+        lost = -row["difference"]
+        if self.loss is not None:
+            return log2(row["size_bytes"]) + max(0.0, lost - self.loss) / POINT
+        assert self.size_bytes is not None
+        return lost + 1e3 * max(0.0, log2(row["size_bytes"] / self.size_bytes))
+
+    def reaches(self, row: Row) -> bool:
+        """Whether a finished row keeps to the goal's bound."""
+        if self.loss is not None:
+            return -row["difference"] <= self.loss
+        assert self.size_bytes is not None
+        return row["size_bytes"] <= self.size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search ended with. chosen: its row on the test split; searched: its row of the last rung; reached: whether that one keeps
+    to the bound, else it is the one that comes nearest; front: rows of the last rung that none other beats in bytes and score."""
+
+    chosen: Row
+    searched: Row
+    reached: bool
+    front: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        """What a person wants to know, the declaration included."""
+        goal = "found" if self.reached else "no pipeline reaches the goal; the nearest one"
+        lines = [f"  {_figures(row)}  {row['key'].partition('/')[2]}" for row in self.front]
+        return "\n".join(
+            [
+                f"{goal}: {self.chosen['key'].partition('/')[2]}",
+                f"  {self.chosen['declaration']}",
+                f"  test split: {_figures(self.chosen)}",
+                f"  selection split: {_figures(self.searched)}",
+                "what no other pipeline of the last rung beats in bytes and score (selection split):",
+                *lines,
+            ]
+        )
+
+
+def search(
+    asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] = say, **running: Any
+) -> Found:
+    """Search, in the folder `out`, into `rows`; what stands in them already is not run again.
+
+    Raises MissingNeed without Optuna, StudyRefused where no pipeline is legal or all failed, and what `Runner.go` raises.
+    """
+    walk = _Walk(asked, rows, out, tell)
+    best = walk.first_rung()
+    for place, rung in enumerate(asked.rungs[1:], 2):
+        count = max(1, round(len(best) * asked.keep))
+        tell(f"rung {place}: the best {count} of {len(best)} pipelines")
+        best = walk.rank(best[:count], rung, place)
+    last = [(choice, walk.row(choice)) for choice in best]
+    finished = [(choice, row) for choice, row in last if "error" not in row]
+    if not finished:
+        raise StudyRefused(f"search {asked.name!r}: every pipeline of the last rung failed; see {rows.path}")
+    choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
+    (chosen,) = walk.run([walk.final(choice)]).values()
+    return Found(
+        chosen=chosen,
+        searched=searched,
+        reached=asked.reaches(searched),
+        front=tuple(front([row for _, row in finished])),
+    )
+
+
+def front(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows that no other one equals or beats in both bytes and score, smallest file first."""
+    best = -inf
+    for row in sorted(rows, key=lambda row: (row["size_bytes"], -row["score"])):
+        if row["score"] > best:
+            best = row["score"]
+            yield row
+
+
+Choice = tuple[Technique, ...]
+
+
+class _Walk:
+    """A search under way."""
+
+    def __init__(self, asked: Search, rows: Rows, out: Path, tell: Callable[[str], None]) -> None:
+        self._asked, self._rows, self._out, self._tell = asked, rows, out, tell
+        self._techniques = techniques(asked.passes)
+        self._plan: Plan = plan_after(asked.model, {})
+        self._latest = dict[Choice, Row]()
+
+    def first_rung(self) -> list[Choice]:
+        """Propose and run pipelines until there are as many as asked for, or none is new; the best first."""
+        tried = dict[Choice, float]()
+        for batch in self._proposals(tried):
+            ranked = self.rank(batch, self._asked.rungs[0], 1)
+            tried.update({choice: self._asked.cost(self.row(choice)) for choice in ranked})
+        if not tried:
+            raise StudyRefused(
+                f"search {self._asked.name!r} has no legal pipeline: run `stackcomp check` on one of them"
+            )
+        return sorted(tried, key=lambda choice: tried[choice])
+
+    def rank(self, choices: Sequence[Choice], rung: Rung, place: int) -> list[Choice]:
+        """Run pipelines in a rung; the best first."""
+        found = self.run([self._entry(choice, rung, place) for choice in choices])
+        for choice in choices:
+            self._latest[choice] = found[_key(choice, place)]
+        return sorted(choices, key=lambda choice: self._asked.cost(self._latest[choice]))
+
+    def row(self, choice: Choice) -> Row:
+        """The row of a pipeline in the last rung that ran it."""
+        return self._latest[choice]
+
+    def _proposals(self, tried: dict[Choice, float]) -> Iterator[list[Choice]]:
+        """Batches of legal pipelines that are not in `tried`, which holds the cost of each earlier one by the next call."""
+        optuna = _optuna()
+        asked = self._asked
+        sampler = optuna.samplers.TPESampler(seed=asked.seed, n_startup_trials=2 * BATCH, multivariate=True)
+        study = optuna.create_study(sampler=sampler)
+        space = {
+            name: optuna.distributions.CategoricalDistribution(
+                [LEFT_OUT, *(str(one) for one in self._techniques if one.name == name)]
+            )
+            for name in asked.passes
+        }
+        vain = 0
+        while len(tried) < asked.pipelines and vain < PATIENCE:
+            trials = dict[Choice, Any]()
+            while len(trials) < min(BATCH, asked.pipelines - len(tried)) and vain < PATIENCE:
+                trial = study.ask(space)
+                choice = tuple(one for one in self._techniques if trial.params[one.name] == str(one))
+                if choice in tried:
+                    study.tell(trial, tried[choice])
+                elif choice in trials or not self._is_legal(choice):
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                else:
+                    trials[choice], vain = trial, -1
+                vain += 1
+            if trials:
+                yield list(trials)
+            for choice, trial in trials.items():
+                study.tell(trial, min(tried[choice], 1e9))
+
+    def _is_legal(self, choice: Choice) -> bool:
+        if not choice:
+            return False
+        try:
+            check(Pipeline(*(one.item for one in choice)), self._plan)
+        except StackcompError:
+            return False
+        return True
+
+    def run(self, entries: Sequence[Entry]) -> dict[str, Row]:
+        """The rows of `entries`, finished or failed, by key."""
+        study = Study(name=self._asked.name, entries=(*line_of(self._asked.model), *entries))
+        keys = {entry.key for entry in entries}
+        known = {row["key"]: row for row in self._rows.read()}
+        if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
+            Runner(study=study, rows=self._rows, out=self._out, tell=self._tell).go()
+        return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
+
+    def _entry(self, choice: Choice, rung: Rung, place: int) -> Entry:
+        """A pipeline as it is run in a rung."""
+        return replace(
+            self.final(choice),
+            key=_key(choice, place),
+            pipeline=Pipeline(*(_shortened(one.item, rung.steps) for one in choice)),
+            labels={**_labels(choice), "rung": place},
+            split="selection",
+            limit=rung.examples,
+        )
+
+    def final(self, choice: Choice) -> Entry:
+        """A pipeline in full, scored on the test split."""
+        asked = self._asked
+        return Entry(
+            key=_key(choice, "chosen"),
+            model=asked.model,
+            task=asked.task,
+            pipeline=Pipeline(*(one.item for one in choice)),
+            seed=asked.seed,
+            tokenizer=asked.tokenizer,
+            labels={**_labels(choice), "rung": "chosen"},
+        )
+
+
+def _figures(row: Row) -> str:
+    """A finished row as one line."""
+    return (
+        f"{row['size_bytes']:>11,} bytes ({row['compression']:.2f}x)  {row['metric']} {row['score']:.2f} "
+        f"({row['difference']:+.2f} ± {row['difference_noise']:.2f})"
+    )
+
+
+def _key(choice: Choice, rung: int | str) -> str:
+    return f"{rung}/{THEN.join(map(str, choice))}"
+
+
+def _labels(choice: Choice) -> dict[str, Any]:
+    return {"passes": [one.name for one in choice], "strengths": [one.strength for one in choice]}
+
+
+def _shortened(item: Pass, share: float) -> Pass:
+    """A pass with this share of its training steps; one that does not train, or has so few, as it is."""
+    settings: Any = item
+    if share == 1.0 or not item.contract.trains:
+        return item
+    if settings.steps is None:
+        return replace(settings, epochs=settings.epochs * share)
+    return replace(settings, steps=max(1, round(settings.steps * share)))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingNeed("a search needs Optuna: pip install 'stackcomp[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,151 @@
+"""A search on a toy: it finds what trying everything finds, from the rows it goes on, and the test split is scored once."""
+
+import shutil
+import sys
+
+import pytest
+
+import stackcomp as sc
+from stackcomp.cli import main
+from stackcomp.core.errors import MissingNeed, SettingError, StudyRefused
+from stackcomp.studies import Rows
+from stackcomp.studies import search as searching
+from stackcomp.studies.search import search
+from tests import toys
+from tests.studies.counted import Prune, Round, Train, applied
+
+RUNGS = (sc.Rung(examples=6, steps=0.5), sc.Rung())
+PASSES = {
+    "prune": [Prune(sparsity=0.5), Prune(sparsity=0.75)],
+    "tune": Train(steps=4, batch_size=4),
+    "int8": Round(),
+}
+
+
+def asked(folder, **settings):
+    said = {"loss": 30.0, "pipelines": 10, "rungs": RUNGS, "passes": PASSES, **settings}
+    return sc.Search(name="toy", model=folder, task=toys.classification_task(), **said)
+
+
+@pytest.fixture
+def go(tmp_path):
+    """Runs a search in `tmp_path`; gives what it found, and its rows by key."""
+
+    def run(mine):
+        rows = Rows(name=mine.name, folder=tmp_path / "results")
+        found = search(mine, rows, tmp_path / "out", tell=lambda _: None)
+        return found, {row["key"]: row for row in rows.read()}
+
+    return run
+
+
+def rung(rows, place):
+    return [row for row in rows.values() if row["labels"]["rung"] == place]
+
+
+def test_with_everything_tried_it_is_the_smallest_within_the_loss(go, folder):
+    few = {"prune": PASSES["prune"], "tune": PASSES["tune"]}
+    found, rows = go(asked(folder, passes=few, pipelines=100, keep=1.0))
+    first, last = rung(rows, 1), rung(rows, 2)
+    assert len(first) == len(last) == 3 * 2 - 1  # every choice but that of nothing; all orders here are legal
+    best = min((row for row in last if -row["difference"] <= 30.0), key=lambda row: row["size_bytes"])
+    assert found.reached
+    assert found.searched["size_bytes"] == best["size_bytes"]
+    assert found.chosen["declaration"] == found.searched["declaration"]
+    assert [row["split"] for row in rows.values()].count("test") == 1
+    assert found.chosen["split"] == "test"
+    for one in found.front:
+        assert not any(row["size_bytes"] <= one["size_bytes"] and row["score"] > one["score"] for row in last)
+    assert {row["limit"] for row in first} == {6}
+    assert {row["limit"] for row in last} == {None}
+    assert all("steps=2" in row["declaration"] for row in first if "tune" in row["labels"]["passes"])
+    assert all("steps=4" in row["declaration"] for row in last if "tune" in row["labels"]["passes"])
+    assert found.chosen["declaration"] in str(found)
+
+
+def test_the_best_of_a_rung_go_on_and_the_rows_are_enough_to_go_on_elsewhere(
+    go, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(searching, "BATCH", 3)
+    mine = asked(folder, pipelines=6, keep=0.34)
+    found, rows = go(mine)
+    assert [len(rung(rows, place)) for place in (1, 2, "chosen")] == [6, 2, 1]
+    ranked = sorted(rung(rows, 1), key=mine.cost)
+    kept = {row["key"].partition("/")[2] for row in rung(rows, 2)}
+    assert kept == {row["key"].partition("/")[2] for row in ranked[:2]}
+    count, path = len(applied()), tmp_path / "results" / "toy.jsonl"
+    whole = path.read_text()
+    shutil.rmtree(tmp_path / "out")
+    assert go(mine)[0].chosen == found.chosen
+    assert len(applied()) == count
+    path.write_text("".join(whole.splitlines(keepends=True)[:5]))  # stopped within the second batch
+    again, resumed = go(mine)
+    assert resumed.keys() == rows.keys()
+    assert again.chosen["fingerprint"] == found.chosen["fingerprint"]
+    assert len(applied()) < 2 * count
+
+
+def test_within_a_size_it_is_the_best_score(go, folder):
+    few = {"prune": PASSES["prune"], "int8": Round()}
+    free, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
+    sizes = sorted(row["size_bytes"] for row in rung(rows, 1))
+    assert free.searched["size_bytes"] == sizes[0]
+    bound = sizes[len(sizes) // 2]
+    found, _ = go(asked(folder, passes=few, loss=None, size_bytes=bound, rungs=(sc.Rung(),)))
+    assert found.reached
+    assert found.searched["score"] == max(row["score"] for row in rung(rows, 1) if row["size_bytes"] <= bound)
+
+
+def test_what_no_contract_allows_is_not_tried_and_what_fails_costs_too_much(go, folder):
+    order = {"int8": Round(), "prune": Prune(sparsity=0.5)}
+    _, rows = go(asked(folder, passes=order, pipelines=50, rungs=(sc.Rung(examples=4),)))
+    assert {tuple(row["labels"]["passes"]) for row in rung(rows, 1)} == {("int8",), ("prune",)}
+    mine = asked(folder)
+    assert mine.cost({"error": {}}) == float("inf")
+
+
+def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
+    found, _ = go(asked(folder, loss=None, size_bytes=10, pipelines=2, rungs=(sc.Rung(),)))
+    assert not found.reached
+    assert "no pipeline reaches the goal; the nearest" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size_bytes": 10}, "give one of them"),
+        ({"loss": -1.0}, "loss=-1.0 is out of range"),
+        ({"loss": None, "size_bytes": 0}, "size_bytes=0"),
+        ({"rungs": ()}, "the last one must run all steps"),
+        ({"rungs": (sc.Rung(steps=0.5),)}, "the last one must run all steps"),
+        ({"keep": 0.0}, "keep=0.0"),
+        ({"pipelines": 0}, "pipelines=0"),
+        ({"passes": {}}, "holds no technique"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(folder, settings, said):
+    with pytest.raises(SettingError, match=said):
+        asked(folder, **settings)
+
+
+def test_no_legal_pipeline_and_no_optuna_are_said_before_anything_runs(go, folder, monkeypatch):
+    two = {"words": sc.Int8Weights(only="no.such.weight")}
+    with pytest.raises(StudyRefused, match="no legal pipeline"):
+        go(asked(folder, passes=two))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingNeed, match=r"stackcomp\[search\]"):
+        go(asked(folder))
+    assert applied() == []
+
+
+def test_the_command_prints_what_it_found(folder, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import stackcomp as sc\nfrom tests.studies.test_search import asked\n"
+        f"search = asked({str(folder)!r}, pipelines=2, rungs=(sc.Rung(),))\n"
+    )
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    assert main(["search", str(tmp_path / "mine.py"), *places]) == 0
+    assert "test split:" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text("search = 3\n")
+    assert main(["search", str(tmp_path / "mine.py"), *places]) == 2
+    assert "defines no `search`" in capsys.readouterr().err
