@@ -2,8 +2,8 @@
 
     stackcomp study pipelines/studies/catalogue.py            # about half an hour; stop and go on as you like
 
-All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD and PruneNeurons read labels of the
-training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands with the one it
+All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD, PruneNeurons and PruneHeads read
+labels of the training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands with the one it
 is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
 """
 
@@ -38,6 +38,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()
     yield "3/4 of the neurons", sc.PruneNeurons(keep=0.75)
+    yield "3/4 of the heads", sc.PruneHeads(keep=0.75)
     yield "5 of 6 layers", sc.DropLayers(keep=5)
     yield "entropy coding", sc.EntropyCode()
     words = sc.LowBitWeights(bits=3, only=WORDS)
