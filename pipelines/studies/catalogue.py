@@ -3,8 +3,8 @@
     stackcomp study pipelines/studies/catalogue.py            # about half an hour; stop and go on as you like
 
 All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD, PruneNeurons and PruneHeads read
-labels of the training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands with the one it
-is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
+labels of the training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands
+with the one it is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     for bits in (4, 3, 2):
         yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)
         yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
+    yield "low-rank word embeddings, 2x", sc.FactorizeEmbeddings(ratio=2.0)
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()
     yield "3/4 of the neurons", sc.PruneNeurons(keep=0.75)
