@@ -4,7 +4,7 @@
     factors
 
 What a pass adds is how a layer is priced and how it is built; the flow, and with it the fairness between
-methods, is shared.
+methods, is shared. Methods that are published without a budget share a simpler flow: one ratio for every layer.
 """
 
 from abc import abstractmethod
@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import data, nn, ops
+from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import UnreachableRatio
+from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import whole, within
+from stackcomp.core.settings import have_inputs, whole, within
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from stackcomp.ops.whiten import Whitener
 
 
+FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)  # a part of a low-rank weight
 SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers well with fewer texts
 
 
@@ -106,6 +109,12 @@ class FactorizingPass(Pass):
         """Values of the smallest form of a rows x cols weight, indices counted as parts of a value."""
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        if self.data_aware and self.ratio > 1:
+            have_inputs(weights, "data_aware=False")
+        self._examine_ratio(weights)
+
+    def _examine_ratio(self, weights: Sequence[PlannedWeight]) -> None:
+        """Refuse a ratio that the smallest forms of the weights do not reach."""
         dense = sum(weight.rows * weight.cols for weight in weights)
         least = sum(
             min(weight.rows * weight.cols, self._smallest(weight.rows, weight.cols)) for weight in weights
@@ -232,6 +241,75 @@ class FactorizingPass(Pass):
                 value_bytes=(self.value_bits or handle.spec.matrices["weight"].bits) / 8,
             )
         return layers, means
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightedSVDPass(Pass):
+    """A pass that replaces each selected weight W (n x m) by a product of rank r: a truncated SVD in which rows, or columns, count by
+    their importance.
+
+    ratio: dense bytes / stored bytes of each layer, at least 1, where 1 does nothing: r = nm / (ratio (n + m)) rounded down. Nothing is
+    shared out over layers; one for which that is no whole rank is left dense.
+    """
+
+    ratio: float = 2.0
+
+    idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
+    needs: ClassVar[Need]  # what the importance is measured on
+    of_columns: ClassVar[bool] = False  # whether it is that of columns
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("ratio", self.ratio, 1.0, 10_000.0)
+
+    @property
+    def contract(self) -> Contract:
+        return Contract(
+            requires=facts(Fact.FLOAT, Fact.DENSE),
+            forbids=facts(Fact.FACTOR),
+            becomes=({"basis": FACTOR, "coefficients": FACTOR},),
+            may_leave=True,
+            needs=frozenset({self.needs}) if self.ratio > 1 else frozenset(),
+        )
+
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        largest = max(weight.rows * weight.cols / (weight.rows + weight.cols) for weight in weights)
+        if self.ratio > 1 and self.ratio > largest:
+            raise UnreachableRatio(
+                f"{self.name}: ratio={self.ratio:g} leaves no rank to any of these {len(weights)} weights: the largest is {largest:.2f}"
+            )
+
+    @abstractmethod
+    def _importance(
+        self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
+    ) -> "Mapping[str, torch.Tensor]":
+        """How much each row (or column) of these weights counts, at least 0, by id."""
+
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        if self.ratio == 1.0:
+            return {}
+        handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
+        ranks = {
+            id_: ops.rank_of_ratio(handle.spec.rows, handle.spec.cols, self.ratio)
+            for id_, handle in handles.items()
+        }
+        chosen = {id_: handle for id_, handle in handles.items() if ranks[id_]}
+        importance = self._importance(model, chosen, context)
+        for id_, handle in context.progress(chosen.items(), label="factorizing", total=len(chosen)):
+            weight = handle.dense().float()
+            left, right = ops.low_rank_of_rows(
+                weight.T if self.of_columns else weight,
+                rank=ranks[id_],
+                importance=importance[id_].to(weight),
+            )
+            left, right = (right.T, left.T) if self.of_columns else (left, right)
+            nn.factorize(model, id_, basis=right, values=left)
+        return {
+            "layers": {
+                id_: f"rank {rank}" if rank else "left dense: too small to gain"
+                for id_, rank in ranks.items()
+            }
+        }
 
 
 def _replace(

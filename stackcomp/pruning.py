@@ -1,19 +1,21 @@
-"""Post-training pruning: how a sparsity is spelt, how what it leaves is stored, and how inputs are looked at.
+"""Post-training pruning: of single values (how a sparsity is spelt, how what it leaves is stored, how inputs are looked at), and of whole
+units of every layer.
 
-What a pass adds is which entries stay.
+What a pass adds is which entries stay, or what a unit is.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stackcomp import data, nn
+from stackcomp import data, nn, training
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.families import Part, Stack, between, head_features
 from stackcomp.core.passes import Findings, Pass
-from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import groups_fit, have_inputs, sparsity_groups, whole
+from stackcomp.core.plan import Plan, PlannedWeight
+from stackcomp.core.settings import groups_fit, have_inputs, sparsity_groups, whole, within
 
 if TYPE_CHECKING:
     import torch
@@ -98,3 +100,107 @@ class CalibratedPruningPass(PruningPass):
         for id_ in context.progress(context.targets, label="pruning"):
             nn.prune(model, id_, self._choose, moment=moments[id_], groups=self._groups)
         return {}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NarrowingPass(Pass):
+    """A pass that keeps the most important units of one part of every layer, the same number in each, and drops the others whole.
+
+    A unit is a run of inputs of the weight out of the part, and what makes these inputs. Its importance is E |sum_tj x_tj dL/dx_tj| over
+    labelled training examples, x_tj its inputs j at token t: to first order, what the loss of an example changes by without it.
+
+    keep: share of the units that stay, in (0, 1], rounded to a whole number and at least one; 1 does nothing. samples: labelled training
+    examples, a fixed random subset; batch_size: of one gradient, which changes nothing but the time.
+    """
+
+    keep: float = 0.5
+    samples: int = 512
+    batch_size: int = 32
+
+    undivided: ClassVar[str] = "makes all layers equally narrow"
+    idle: ClassVar[Mapping[str, Any]] = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("keep", self.keep, 0.0, 1.0, above=True)
+        whole("samples", self.samples, 1)
+        whole("batch_size", self.batch_size, 1)
+
+    @property
+    def contract(self) -> Contract:
+        return Contract(
+            requires=facts(Fact.FLOAT, Fact.DENSE),
+            forbids=facts(Fact.FACTOR),
+            needs=frozenset({Need.LABELS}) if self.keep < 1 else frozenset(),
+        )
+
+    @abstractmethod
+    def _part(self, paths: Iterable[str]) -> tuple[Stack, Part]:
+        """The stack that these paths of weights are in, and the part of its layers."""
+
+    @abstractmethod
+    def _features(self, of_head: int | None) -> int:
+        """How many inputs make a unit, in a model whose heads have so many features."""
+
+    @abstractmethod
+    def _cut(self, model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
+        """Leave of the units of every layer those that `kept` names by the id of the weight out of them."""
+
+    def selected(self, plan: Plan) -> tuple[str, ...]:
+        stack, part = self._part(path for weight in plan.weights for path in weight.paths)
+        inside = {*part.into, part.out_of}
+        return tuple(
+            weight.id
+            for weight in plan.weights
+            if any((place := stack.split(path)) and place[1] in inside for path in weight.paths)
+        )
+
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        self._between({weight.id: weight.paths for weight in weights})
+
+    def reshape(self, plan: Plan) -> Plan:
+        found = {weight.id: weight for weight in plan.weights}
+        narrower = dict(found)
+        features = self._features(plan.head_features)
+        for out_of, into in self._between({id_: found[id_].paths for id_ in self.selected(plan)}).items():
+            units = found[out_of].cols // features
+            kept = self._count(units)
+            narrower[out_of] = replace(found[out_of], cols=kept * features)
+            narrower |= {id_: replace(found[id_], rows=found[id_].rows * kept // units) for id_ in into}
+        return replace(plan, weights=tuple(narrower.values()))
+
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        if self.keep == 1.0:
+            return {}
+        importance = self._importance(model, context)
+        units = len(next(iter(importance.values())))
+        kept = self._count(units)
+        best = {id_: scores.topk(kept) for id_, scores in importance.items()}
+        self._cut(model, {id_: found.indices.sort().values.tolist() for id_, found in best.items()})
+        share = {
+            id_: float(found.values.sum() / importance[id_].sum().clamp_min(1e-30))
+            for id_, found in best.items()
+        }
+        return {"kept": kept, "of": units, "share_of_importance": share}
+
+    def _importance(self, model: "PreTrainedModel", context: "Context") -> "Mapping[str, torch.Tensor]":
+        """The importance of the units of every layer, by the id of the weight out of them."""
+        assert context.task is not None
+        handles = nn.weights(model)
+        parts = self._between({id_: handles[id_].spec.paths for id_ in context.targets})
+        batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="importance")
+        return data.input_importance(
+            model,
+            {id_: handles[id_].modules for id_ in parts},
+            batches,
+            training.TaskLoss(task=context.task),
+            together=self._features(head_features(model.config.to_dict())),
+        )
+
+    def _between(self, paths: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+        """The weights into the units that each weight reads, by id."""
+        return between(*self._part(path for several in paths.values() for path in several), paths)
+
+    def _count(self, units: int) -> int:
+        """How many of a layer's units stay."""
+        return max(1, round(self.keep * units))

@@ -28,6 +28,7 @@ from stackcomp.core import contract, fingerprint
 from stackcomp.core import ledger as ledgers
 from stackcomp.core.context import Context, Progress
 from stackcomp.core.errors import CheckpointError, NothingToCompress
+from stackcomp.core.families import head_features
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.ledger import Ledger, Measured, Row
 from stackcomp.core.passes import Findings, Pass
@@ -419,7 +420,10 @@ class Run:
 
 def plan_of(model: "PreTrainedModel") -> Plan:
     """The plan of a model in memory. Raises NothingToCompress when it has no linear layer."""
-    plan = Plan.of(handle.spec for handle in nn.weights(model).values())
+    plan = Plan.of(
+        (handle.spec for handle in nn.weights(model).values()),
+        head_features=head_features(model.config.to_dict()),
+    )
     if not any(weight.kind == "linear" for weight in plan.weights):
         raise NothingToCompress(
             f"{type(model).__name__} has no linear layer: stackcomp compresses nn.Linear and Conv1D layers"

@@ -2,9 +2,9 @@
 
     stackcomp study pipelines/studies/catalogue.py            # about half an hour; stop and go on as you like
 
-All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD and PruneNeurons read labels of the
-training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands with the one it
-is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
+All-MiniLM-L6-v2 on the test pairs of STS-B, mean-pooled cosine. No gradient step is taken; FWSVD, PruneNeurons and PruneHeads read
+labels of the training split for the gradients that tell them what matters. A pass that only makes others better (SmoothQuant) stands
+with the one it is for. Passes that train are measured where all of them get the same steps: pipelines/dsformer/table.py.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "dense-sparse, 2x", sc.DenseSparse(ratio=2.0, sensitivity=False, **text)
     yield "low rank, 2x", sc.LowRank(ratio=2.0, sensitivity=False, **text)
     yield "FWSVD, 2x", sc.FWSVD(ratio=2.0, **text)
+    yield "ASVD, 2x", sc.ASVD(ratio=2.0, **text)
     for sparsity in (0.5, "2:4"):
         yield f"magnitude pruning, {sparsity}", sc.MagnitudePrune(sparsity=sparsity, **layers)
         yield f"Wanda, {sparsity}", sc.Wanda(sparsity=sparsity, **text)
@@ -34,9 +35,11 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     for bits in (4, 3, 2):
         yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)
         yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
+    yield "low-rank word embeddings, 2x", sc.FactorizeEmbeddings(ratio=2.0)
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()
     yield "3/4 of the neurons", sc.PruneNeurons(keep=0.75)
+    yield "3/4 of the heads", sc.PruneHeads(keep=0.75)
     yield "5 of 6 layers", sc.DropLayers(keep=5)
     yield "entropy coding", sc.EntropyCode()
     words = sc.LowBitWeights(bits=3, only=WORDS)

@@ -191,7 +191,7 @@ def _follow(step: "Pass", plan: Plan) -> Plan | None:
         weights.append(
             replace(weight, forms=frozenset().union(*(contract.after(before) for before in weight.forms)))
         )
-    return step.reshape(Plan(tuple(weights)))
+    return step.reshape(replace(plan, weights=tuple(weights)))
 
 
 def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str:

@@ -7,19 +7,45 @@ found by their types when it is loaded; the table only serves to describe a chec
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from stackcomp.core.errors import UnsupportedModel
 
+PartT = TypeVar("PartT", bound="Part")
+
 
 @dataclass(frozen=True, kw_only=True)
-class FeedForward:
-    """The feed-forward part of a layer: the weights `into` its neurons, the one `out_of` them (paths inside the layer), and what the
-    config calls their number."""
+class Part:
+    """A part of a layer that has a width of its own: the weights `into` it and the one `out_of` it (paths inside the layer). `fused`: how
+    many matrices stand below each other in each of `into`."""
 
     into: tuple[str, ...]
     out_of: str
+    fused: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward(Part):
+    """The feed-forward part: what lies between its weights are neurons. size: what the config calls their number."""
+
     size: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Part):
+    """The attention part: what lies between its weights are heads, side by side.
+
+    heads, width: what the config calls their number, and the width of the model; module: what computes with them (a path inside the
+    layer); count, span: its attributes that hold the number of heads, and how wide they are together, where it has such; bias: a weight
+    with a column a head, which all layers add (a path relative to the base model).
+    """
+
+    heads: str = "num_attention_heads"
+    width: str = "hidden_size"
+    module: str
+    count: str | None = None
+    span: str | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +64,7 @@ class Family:
     embeddings: tuple[str, ...]
     tied_heads: tuple[str, ...]
     feed_forward: FeedForward
+    attention: Attention
     stored_transposed: tuple[str, ...] = ()
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
@@ -45,6 +72,13 @@ class Family:
 _BERT_EMBEDDINGS = ("embeddings.*_embeddings",)
 _BERT_FEED_FORWARD = FeedForward(
     into=("intermediate.dense",), out_of="output.dense", size="intermediate_size"
+)
+_BERT_ATTENTION = Attention(
+    module="attention.self",
+    into=tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
+    out_of="attention.output.dense",
+    count="num_attention_heads",
+    span="all_head_size",
 )
 _BERT_READERS = {"attention.self.value": ("attention.output.dense",)}
 
@@ -55,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("cls.predictions.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        attention=_BERT_ATTENTION,
         readers=_BERT_READERS,
     ),
     "distilbert": Family(
@@ -63,6 +98,14 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("vocab_projector",),
         feed_forward=FeedForward(into=("ffn.lin1",), out_of="ffn.lin2", size="hidden_dim"),
+        attention=Attention(
+            heads="n_heads",
+            width="dim",
+            module="attention",
+            into=tuple(f"attention.{name}_lin" for name in "qkv"),
+            out_of="attention.out_lin",
+            count="n_heads",
+        ),
         readers={"attention.v_lin": ("attention.out_lin",)},
     ),
     "roberta": Family(
@@ -71,6 +114,7 @@ FAMILIES: dict[str, Family] = {
         embeddings=_BERT_EMBEDDINGS,
         tied_heads=("lm_head.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        attention=_BERT_ATTENTION,
         readers=_BERT_READERS,
     ),
     "mpnet": Family(
@@ -79,6 +123,14 @@ FAMILIES: dict[str, Family] = {
         embeddings=(*_BERT_EMBEDDINGS, "encoder.relative_attention_bias"),
         tied_heads=("lm_head.decoder",),
         feed_forward=_BERT_FEED_FORWARD,
+        attention=Attention(
+            module="attention.attn",
+            into=tuple(f"attention.attn.{name}" for name in "qkv"),
+            out_of="attention.attn.o",
+            count="num_attention_heads",
+            span="all_head_size",
+            bias="encoder.relative_attention_bias",
+        ),
         readers={"attention.attn.v": ("attention.attn.o",)},
     ),
     "gpt2": Family(
@@ -87,6 +139,16 @@ FAMILIES: dict[str, Family] = {
         embeddings=("wte", "wpe"),
         tied_heads=("lm_head",),
         feed_forward=FeedForward(into=("mlp.c_fc",), out_of="mlp.c_proj", size="n_inner"),
+        attention=Attention(
+            heads="n_head",
+            width="n_embd",
+            module="attn",
+            into=("attn.c_attn",),
+            out_of="attn.c_proj",
+            fused=3,
+            count="num_heads",
+            span="split_size",
+        ),
         stored_transposed=("h.*.c_attn", "h.*.c_proj", "h.*.c_fc", "h.*.q_attn"),
         readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
     ),
@@ -97,6 +159,11 @@ FAMILIES: dict[str, Family] = {
         tied_heads=("lm_head",),
         feed_forward=FeedForward(
             into=("mlp.gate_proj", "mlp.up_proj"), out_of="mlp.down_proj", size="intermediate_size"
+        ),
+        attention=Attention(
+            module="self_attn",
+            into=tuple(f"self_attn.{name}_proj" for name in "qkv"),
+            out_of="self_attn.o_proj",
         ),
         readers={
             "self_attn.v_proj": ("self_attn.o_proj",),
@@ -142,15 +209,56 @@ def stack_of(paths: Iterable[str]) -> Stack:
 def feed_forward_of(paths: Iterable[str]) -> tuple[Stack, FeedForward]:
     """The stack that these paths of weights are in, and the feed-forward part of its layers. Raises UnsupportedModel where no family has
     such paths."""
+    return _part_of(paths, "feed-forward", [family.feed_forward for family in FAMILIES.values()])
+
+
+def attention_of(paths: Iterable[str]) -> tuple[Stack, Attention]:
+    """The same with the attention part."""
+    return _part_of(paths, "attention", [family.attention for family in FAMILIES.values()])
+
+
+def _part_of(paths: Iterable[str], what: str, parts: Iterable[PartT]) -> tuple[Stack, PartT]:
+    """The stack that these paths of weights are in, and the one of `parts` that its layers have."""
     known = [*paths]
     stack = stack_of(known)
     inside = {place[1] for path in known if (place := stack.split(path))}
-    for family in FAMILIES.values():
-        if {*family.feed_forward.into, family.feed_forward.out_of} <= inside:
-            return stack, family.feed_forward
+    for part in parts:
+        if {*part.into, part.out_of} <= inside:
+            return stack, part
     raise UnsupportedModel(
-        f"the layers at {stack.path} have no feed-forward part of a known family: add it to stackcomp/core/families.py"
+        f"the layers at {stack.path} have no {what} part of a known family: add it to stackcomp/core/families.py"
     )
+
+
+def between(stack: Stack, part: Part, paths: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """The ids of the weights into the part, by the id of the one out of it, of weights with these `paths` by id. Raises UnsupportedModel
+    where one is shared by layers that do not share the other."""
+    layers: dict[str, dict[str, set[int]]] = {}  # by name in the layer and by id
+    for id_, several in paths.items():
+        for path in several:
+            if place := stack.split(path):
+                layers.setdefault(place[1], {}).setdefault(id_, set()).add(place[0])
+    parts: dict[str, list[str]] = {}
+    for out_of, used in layers[part.out_of].items():
+        for name in part.into:
+            into = next((id_ for id_, found in layers[name].items() if found == used), None)
+            if into is None:
+                raise UnsupportedModel(
+                    f"{out_of}: layers {sorted(used)} share it and do not share their {name}: share both or neither"
+                )
+            parts.setdefault(out_of, []).append(into)
+    return parts
+
+
+def head_features(config: Mapping[str, Any]) -> int | None:
+    """How many features an attention head of a model of this config has, or the heads together that share keys and values; None where
+    the config or the table does not tell."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None or family.attention.heads not in config:
+        return None
+    heads: int = config[family.attention.heads]
+    size: int = config.get("head_dim") or config[family.attention.width] // heads
+    return size * heads // (config.get("num_key_value_heads") or heads)
 
 
 def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

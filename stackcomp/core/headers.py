@@ -12,7 +12,7 @@ from typing import Any
 
 from stackcomp.core import coding
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
-from stackcomp.core.families import FAMILIES, Family, ties_heads, word_embedding
+from stackcomp.core.families import FAMILIES, Family, head_features, ties_heads, word_embedding
 from stackcomp.core.plan import Plan
 from stackcomp.core.selection import nearest
 from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
@@ -80,7 +80,7 @@ def plan_of(directory: str | Path) -> Plan:
         replace(spec, paths=(*spec.paths, *_others(spec, shared)))
         for spec in dense_weights(config, tensors, taken=compressed)
     ]
-    return Plan.of([*dense, *compressed])
+    return Plan.of([*dense, *compressed], head_features=head_features(config))
 
 
 def _others(spec: WeightSpec, shared: Mapping[str, str]) -> list[str]:
@@ -190,7 +190,7 @@ def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def plain(kind: str) -> Plan:
-    """The plan of a plain dense model of a family: twelve layers of width 64 with a classifier, to check a
+    """The plan of a plain dense model of a family: twelve layers of width 64 and 4 heads with a classifier, to check a
     pipeline without a model."""
     family = FAMILIES[kind]
     width = 64
@@ -205,7 +205,7 @@ def plain(kind: str) -> Plan:
         ),
     ]
     tensors = {f"{path}.weight": entry for path in [*paths, "pooler.dense", "classifier"]}
-    return Plan.of(dense_weights({"model_type": kind}, tensors, taken=[]))
+    return Plan.of(dense_weights({"model_type": kind}, tensors, taken=[]), head_features=width // 4)
 
 
 _BERT_LAYER = (

@@ -42,12 +42,14 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """The logical weights of a model, in the order of the model."""
+    """The logical weights of a model, in the order of the model; head_features: how many features an attention head has, or the heads
+    together that share keys and values, where that is known."""
 
     weights: tuple[PlannedWeight, ...]
+    head_features: int | None = None
 
     @staticmethod
-    def of(specs: Iterable[WeightSpec]) -> "Plan":
+    def of(specs: Iterable[WeightSpec], *, head_features: int | None = None) -> "Plan":
         """The plan of a model whose weights are stored as `specs`: one form each."""
         return Plan(
             tuple(
@@ -61,7 +63,8 @@ class Plan:
                     forms=frozenset({form(spec.parts())}),
                 )
                 for spec in specs
-            )
+            ),
+            head_features,
         )
 
     def select(self, *, only: Globs, skip: Globs) -> tuple[str, ...]:

@@ -161,19 +161,37 @@ class Calibration:
     ) -> dict[str, Tensor]:
         """max |x_j| over the text for every input j of each module (m), by name, in float32. Modules and errors as in
         `second_moments`."""
-        largest: dict[str, Tensor] = {}
+        return self._folded(model, modules, lambda x: x.abs().amax(0), torch.maximum, progress)[0]
+
+    def mean_inputs(
+        self, model: nn.Module, modules: Mapping[str, Modules], *, progress: Progress = quiet
+    ) -> dict[str, Tensor]:
+        """The mean of |x_j| in the place of the largest."""
+        sums, count = self._folded(model, modules, lambda x: x.abs().sum(0), torch.add, progress)
+        return {name: total / count[name] for name, total in sums.items()}
+
+    def _folded(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, Modules],
+        of_tokens: Callable[[Tensor], Tensor],
+        fold: Callable[[Tensor, Tensor], Tensor],
+        progress: Progress,
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What is made `of_tokens` (tokens x m) of a batch, folded over the text, and how many tokens there were; both by name."""
+        found: dict[str, Tensor] = {}
         count = dict.fromkeys(modules, 0)
 
         def listen(name: str, x: Tensor, ticket: int) -> None:
-            found = x.abs().amax(0)
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+            part = of_tokens(x)
+            found[name] = fold(found[name], part) if name in found else part
             count[name] += x.shape[0]
 
         with _running(model), _Listening(modules, listen) as listening:
             for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
                 listening.run(model, batch)
         _refuse_unreached(count)
-        return largest
+        return found, count
 
     def cross_moments(
         self,

@@ -118,10 +118,13 @@ def input_importance(
     modules: Mapping[str, Modules],
     batches: Iterable[Mapping[str, Tensor]],
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    *,
+    together: int = 1,
 ) -> dict[str, Tensor]:
-    """I (m) of the m input features of each module: I_j = E |sum_t x_tj dL/dx_tj|, over the tokens t of an example.
+    """I of the input features of each module, so many `together`: I_k = E |sum_tj x_tj dL/dx_tj|, over the tokens t of an example and
+    the features j of the k-th run of them.
 
-    To first order this is what the loss L of an example changes by when feature j is zero at all its tokens (Molchanov et al., arXiv
+    To first order this is what the loss L of an example changes by when these are zero at all its tokens (Molchanov et al., arXiv
     1611.06440; with a head's features together: Michel et al., arXiv 1905.10650). Of several modules under one name, which use one weight,
     the importances are added. `loss` is the mean of a batch. The model runs without dropout and is left as it was.
     """
@@ -136,7 +139,8 @@ def input_importance(
             named = [(name, x) for name, several in inputs.items() for x in several]
             gradients = torch.autograd.grad(found, [x for _, x in named])
             for (name, x), gradient in zip(named, gradients, strict=True):
-                change = (x.detach() * gradient).float().sum(1).abs().sum(0) * len(x)
+                change = (x.detach() * gradient).float().sum(1).unflatten(-1, (-1, together)).sum(-1)
+                change = change.abs().sum(0) * len(x)
                 sums[name] = sums[name] + change if name in sums else change
             examples += len(batch["input_ids"])
     return {name: total / examples for name, total in sums.items()}

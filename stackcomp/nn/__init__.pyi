@@ -12,6 +12,7 @@ from .products import products as products
 from .quantizer import code as code
 from .rounded import RoundedMatrix as RoundedMatrix
 from .surgery import factorize as factorize
+from .surgery import keep_heads as keep_heads
 from .surgery import keep_layers as keep_layers
 from .surgery import keep_neurons as keep_neurons
 from .surgery import keep_words as keep_words

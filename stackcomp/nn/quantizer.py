@@ -28,7 +28,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from stackcomp.core import coding, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
+from stackcomp.core.families import attention_of, between
 from stackcomp.core.headers import read_header
+from stackcomp.core.settings import whole
 from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
@@ -57,7 +59,8 @@ class StackcompConfig(QuantizationConfigMixin):
 
     weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared:
     names of tensors that are other names of another tensor, and which (layers shared by name, plain weights
-    that several layers use; paths relative to the base model); coded: whether tensors are written entropy coded.
+    that several layers use; paths relative to the base model); coded: whether tensors are written entropy coded; heads: how many
+    attention heads each layer has (groups of them, where they share keys and values), where the model's own config does not say so.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class StackcompConfig(QuantizationConfigMixin):
         dtype: str,
         shared: Mapping[str, str] | None = None,
         coded: bool = False,
+        heads: int | None = None,
         format: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
@@ -74,12 +78,15 @@ class StackcompConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"config.json: stackcomp format {format!r}, this version reads {FORMAT}: install a newer stackcomp, or save it again"
             )
+        if heads is not None:
+            whole("heads", heads, 1)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format = format
         self.dtype = dtype
         self.weights = {id_: dict(spec) for id_, spec in weights.items()}
         self.shared = dict(shared or {})
         self.coded = coded
+        self.heads = heads
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -100,12 +107,14 @@ class StackcompConfig(QuantizationConfigMixin):
         """The config of the model as it is now."""
         specs = compressed(model)
         stored = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
-        known = getattr(model.config, "quantization_config", None)
+        known: Any = getattr(model.config, "quantization_config", None)
+        ours = isinstance(known, StackcompConfig)
         return cls(
             weights={spec.id: spec.to_json() for spec in specs},
             dtype=CODINGS[stored[0]],
             shared={relative(model, name): relative(model, first) for name, first in _shared(model).items()},
-            coded=isinstance(known, StackcompConfig) and known.coded,
+            coded=ours and known.coded,
+            heads=known.heads if ours else None,
         )
 
     def specs(self) -> list[WeightSpec]:
@@ -134,6 +143,8 @@ class StackcompQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         for file in files:
             manifest.check_file(file)
+        if config.heads is not None:
+            _narrow(model, config.heads)
         install(model, [_cast(spec, config.dtype, CODINGS[model.dtype]) for spec in config.specs()])
         self._omission = model.register_state_dict_post_hook(_Omit(frozenset(_pairs(model, config.shared))))
         if files:
@@ -258,6 +269,14 @@ def _makes_sense(spec: WeightSpec) -> bool:
             even = m % basis.cols == 0 and basis.rows % (m // basis.cols) == 0
             return not rest and even and (coefficients.rows, coefficients.cols) == (n, basis.rows)
     return False
+
+
+def _narrow(model: "PreTrainedModel", heads: int) -> None:
+    """Give every layer of a model built from its config alone so many attention heads."""
+    from stackcomp.nn.surgery import keep_heads  # which makes models known to this module
+
+    paths = {id_: handle.spec.paths for id_, handle in weights(model).items()}
+    keep_heads(model, dict.fromkeys(between(*attention_of(paths), paths), range(heads)))
 
 
 def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:

@@ -5,16 +5,18 @@ biases, padding and what trains are kept. Afterwards `model.save_pretrained` wri
 reads it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
+from stackcomp.core.families import attention_of, between, feed_forward_of, head_features
 from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
@@ -281,13 +283,89 @@ def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:
     config.vocab_size = len(kept)
 
 
-def keep_neurons(model: "PreTrainedModel", into: Sequence[str], out_of: str, kept: Sequence[int]) -> None:
-    """Leave of the neurons between weights, which are outputs of each of `into` and inputs of `out_of`, those at `kept`, in this order. The
-    caller says so in the config, once it is true of every layer."""
+def keep_neurons(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
+    """Leave of the neurons of every layer's feed-forward part those that `kept` names by the id of the weight out of them, as many in each,
+    and say so in the config."""
+    paths = _paths(model)
+    stack, part = feed_forward_of(path for several in paths.values() for path in several)
+    for out_of, into in between(stack, part, paths).items():
+        _keep_units(model, into, out_of, kept[out_of])
+        setattr(model.config, part.size, len(kept[out_of]))
+
+
+def keep_heads(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
+    """Leave of the attention heads of every layer (of groups of them, where they share keys and values) those that `kept` names by the id
+    of the weight out of them, as many in each, and say so in the config: in the model's own, where that reads as a smaller model, else in
+    what it carries for compressed weights. Where layers add one bias by head, all must name the same."""
+    features = head_features(model.config.to_dict())
+    assert features is not None
+    paths = _paths(model)
+    stack, part = attention_of(path for several in paths.values() for path in several)
+    (left,) = {len(places) for places in kept.values()}
+    for out_of, into in between(stack, part, paths).items():
+        _keep_units(model, into, out_of, kept[out_of], features=features, fused=part.fused)
+    if part.bias in paths:
+        _keep_columns(model, weights(model)[part.bias], next(iter(kept.values())))
+    for layer in range(stack.count):
+        module = model.get_submodule(absolute(model, f"{stack.path}.{layer}.{part.module}") or "")
+        for attribute, size in ((part.count, left), (part.span, left * features)):
+            if attribute is not None:
+                setattr(module, attribute, size)
+    said = _say_heads(model.config, left, features)
+    if not said:
+        attach(model)
+    beside: Any = getattr(model.config, "quantization_config", None)
+    if beside is not None:
+        beside.heads = None if said else left
+
+
+def _say_heads(config: Any, groups: int, features: int) -> bool:
+    """Whether the config can say that there are so many groups of heads of so many features together, as one can that knows the size of a
+    head apart from the width of the model; it says so then."""
+    if not hasattr(config, "num_key_value_heads"):
+        return False
+    before = {
+        name: getattr(config, name, None)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    }
+    size = before["head_dim"] or config.hidden_size // config.num_attention_heads
+    said = {"num_attention_heads": groups * features // size, "num_key_value_heads": groups, "head_dim": size}
+    vars(config).update(said)
+    try:
+        config.validate()
+    except StrictDataclassError:  # Llama's width must be a multiple of the number of heads
+        vars(config).update(before)
+        return False
+    return True
+
+
+def _keep_units(
+    model: "PreTrainedModel",
+    into: Sequence[str],
+    out_of: str,
+    kept: Sequence[int],
+    *,
+    features: int = 1,
+    fused: int = 1,
+) -> None:
+    """Leave of the units between weights those at `kept`, in this order. A unit is a run of `features` inputs of `out_of`, and its share of
+    the outputs of each of `into`, of each of the `fused` matrices that stand below each other there."""
     handles = weights(model)
+    units = handles[out_of].spec.cols // features
+
+    def places(size: int, stacked: int) -> list[int]:
+        run = size // (stacked * units)
+        starts = [(above * units + unit) * run for above in range(stacked) for unit in kept]
+        return [start + place for start in starts for place in range(run)]
+
     for id_ in into:
-        _keep_rows(model, handles[id_], kept)
-    _keep_columns(model, handles[out_of], kept)
+        _keep_rows(model, handles[id_], places(handles[id_].spec.rows, fused))
+    _keep_columns(model, handles[out_of], places(handles[out_of].spec.cols, 1))
+
+
+def _paths(model: "PreTrainedModel") -> dict[str, tuple[str, ...]]:
+    """The paths of every weight, by id."""
+    return {id_: handle.spec.paths for id_, handle in weights(model).items()}
 
 
 def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
@@ -319,7 +397,9 @@ def _keep_columns(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence
     """Leave of a weight in floating point, stored whole, the columns `kept`."""
     value = handle.dense()[:, torch.tensor(kept, device=handle.dense().device)]
     for module in handle.modules:
-        setattr(module, "nx" if isinstance(module, Conv1D) else "in_features", len(kept))
+        embeds = isinstance(module, nn.Embedding | CompressedEmbedding)
+        inputs = "nx" if isinstance(module, Conv1D) else "in_features"
+        setattr(module, "embedding_dim" if embeds else inputs, len(kept))
     if not isinstance(handle.modules[0], CompressedLayer):
         _swap(model, handle.parameter, handle.oriented(value))
         return

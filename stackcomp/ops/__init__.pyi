@@ -17,7 +17,9 @@ from .low_bit import quantize_groups as quantize_groups
 from .low_bit import round_groups as round_groups
 from .low_bit import unpack_bits as unpack_bits
 from .low_rank import low_rank as low_rank
+from .low_rank import low_rank_of_rows as low_rank_of_rows
 from .low_rank import rank_errors as rank_errors
+from .low_rank import rank_of_ratio as rank_of_ratio
 from .masks import highest as highest
 from .masks import highest_in_groups as highest_in_groups
 from .masks import largest as largest

@@ -48,14 +48,11 @@ def low_rank(
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r m"]]:
     """The weight of rank r that minimises tr(G (W - left right) C (W - left right)^T): a truncated singular value decomposition.
 
-    `inputs` alone is the data-aware low rank of DRONE and SVD-LLM (arXiv 2403.07378); a diagonal `outputs` adds the row weights of
-    FWSVD (arXiv 2207.00112); here `outputs` may be any moment. The singular values are shared evenly between the two factors.
+    `inputs` alone is the data-aware low rank of DRONE and SVD-LLM (arXiv 2403.07378); `outputs` adds directions of the outputs, where
+    `low_rank_of_rows` weighs them one by one. The singular values are shared evenly between the two factors.
     SettingError: the rank is not within 1 .. min(n, m).
     """
-    if not 1 <= rank <= min(weight.shape):
-        raise SettingError(
-            f"rank={rank} is not within 1 .. {min(weight.shape)} for a weight of shape {tuple(weight.shape)}"
-        )
+    _check_rank(weight, rank)
     u, sigma, v = torch.linalg.svd(whitened(weight, inputs=inputs, outputs=outputs), full_matrices=False)
     scale = sigma[:rank].sqrt()
     left, right = u[:, :rank] * scale, scale[:, None] * v[:rank]
@@ -64,3 +61,33 @@ def low_rank(
     if inputs is not None:
         right = inputs.unwhiten_columns(right)
     return left, right
+
+
+def low_rank_of_rows(
+    weight: Float[Tensor, "n m"], *, rank: int, importance: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r m"]]:
+    """The weight of rank r that minimises sum_i I_i ||row i of (W - left right)||^2, I >= 0 the `importance` of rows.
+
+    `right` spans the first r right singular vectors of diag(sqrt(I)) W, and each row is projected on them: a row of no importance has no
+    say in them, and is as near as they allow. Where no row has any, all count the same. Lengths are shared evenly between the two factors.
+    SettingError: the rank is not within 1 .. min(n, m).
+    """
+    _check_rank(weight, rank)
+    share = importance / importance.max() if importance.max() > 0 else torch.ones_like(importance)
+    _, _, v = torch.linalg.svd(share.sqrt()[:, None] * weight, full_matrices=False)
+    left = weight @ v[:rank].T
+    lengths = left.norm(dim=0)
+    scale = torch.where(lengths > 0, lengths, 1.0).sqrt()
+    return left / scale, scale[:, None] * v[:rank]
+
+
+def rank_of_ratio(rows: int, cols: int, ratio: float) -> int:
+    """The largest rank whose two factors are `ratio` times smaller than the weight; 0 where there is none."""
+    return int(rows * cols / (ratio * (rows + cols)))
+
+
+def _check_rank(weight: Tensor, rank: int) -> None:
+    if not 1 <= rank <= min(weight.shape):
+        raise SettingError(
+            f"rank={rank} is not within 1 .. {min(weight.shape)} for a weight of shape {tuple(weight.shape)}"
+        )

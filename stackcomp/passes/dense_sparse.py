@@ -154,8 +154,11 @@ class DenseSparse(FactorizingPass):
                     f"DenseSparse: atoms={self.atoms} exceeds the {form.rows} rows that {weight.id} has to mix: "
                     f"give at most {form.rows}, or skip={weight.id!r}"
                 )
+        super().examine(weights)
+
+    def _examine_ratio(self, weights: Sequence[PlannedWeight]) -> None:
         if self.atoms is None:
-            super().examine(weights)
+            super()._examine_ratio(weights)
 
     def _share(
         self, candidates: "dict[str, list[Candidate]]", layers: Mapping[str, Layer]

@@ -81,7 +81,8 @@ class DropLayers(Pass):
             (weight, tuple(new for path in weight.paths if (new := moved(path)) is not None))
             for weight in plan.weights
         ]
-        return Plan(tuple(replace(weight, id=paths[0], paths=paths) for weight, paths in weights if paths))
+        left = tuple(replace(weight, id=paths[0], paths=paths) for weight, paths in weights if paths)
+        return replace(plan, weights=left)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         del (

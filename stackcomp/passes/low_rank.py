@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stackcomp import ops
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact, facts
-from stackcomp.layerwise import FactorizingPass, Layer
+from stackcomp.layerwise import FACTOR, FactorizingPass, Layer
 
 if TYPE_CHECKING:
     from stackcomp.core.context import Context
     from stackcomp.ops.allocate import Candidate
     from stackcomp.ops.factorize import DenseSparseFactors
 
-FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)
 RANKS = 48  # ranks a layer is priced at
 
 

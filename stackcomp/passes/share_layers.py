@@ -88,7 +88,8 @@ class ShareLayers(Pass):
             for ids in self._groups(self.selected(plan))
         }
         gone = {*self.selected(plan)} - merged.keys()
-        return Plan(tuple(merged.get(weight.id, weight) for weight in plan.weights if weight.id not in gone))
+        left = tuple(merged.get(weight.id, weight) for weight in plan.weights if weight.id not in gone)
+        return replace(plan, weights=left)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         import torch

@@ -15,7 +15,6 @@ from stackcomp.core.context import Context
 from stackcomp.core.contract import predict
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.families import FAMILIES, feed_forward_of
-from stackcomp.core.plan import Plan
 from stackcomp.manager import plan_of
 from tests import toys
 from tests.passes.test_conformance import apply, manager
@@ -47,7 +46,7 @@ def test_neurons_that_nothing_reads_go_and_change_nothing(family, tokenizer, tmp
     torch.testing.assert_close(logits(model, tokenizer), whole, atol=1e-6, rtol=1e-6)
     assert all(handle.spec.cols == count // 2 for handle in readers(model, family))
     found = predict((sc.PruneNeurons(keep=0.5),), before)[-1]
-    assert Plan(tuple(replace(weight, origin=weight.id) for weight in found.weights)) == plan_of(model)
+    assert tuple(replace(weight, origin=weight.id) for weight in found.weights) == plan_of(model).weights
     checkpoint.save(model, tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")

@@ -37,7 +37,7 @@ def deep(family="bert", depth=DEPTH):
 
 def found(plan):
     """The plan as one would find it in a model: names have no history."""
-    return Plan(tuple(replace(weight, origin=weight.id) for weight in plan.weights))
+    return replace(plan, weights=tuple(replace(weight, origin=weight.id) for weight in plan.weights))
 
 
 def logits(model, tokenizer):
