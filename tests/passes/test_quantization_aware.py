@@ -134,6 +134,16 @@ def test_scales_follow_values_that_move(first, bits, group, tokenizer, tmp_path)
                 assert torch.equal(again.scales, steps)
 
 
+@pytest.mark.parametrize("coding", ["ternary", "binary"])
+def test_scales_follow_values_that_have_all_come_to_round_to_zero(coding):
+    with training.rounded(toys.bert_classifier(), [LAYER], coding=coding, group=8) as (matrix,):
+        with torch.no_grad():
+            matrix.values *= 0.01
+        matrix.refit()
+        error = matrix.values.flatten() - matrix._flat()
+        assert error.norm() < 0.7 * matrix.values.norm()
+
+
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (3, 7), (1.6, 7), (1, 8)])
 @pytest.mark.parametrize("first", [FIRST[0], FIRST[2], FIRST[4]], ids=str)
 def test_it_trains_and_leaves_the_bytes_of_plain_rounding(first, bits, group, tokenizer, tmp_path):
