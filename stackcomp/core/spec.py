@@ -91,7 +91,7 @@ _LAYOUTS: dict[str, type[Dense] | type[Fixed] | type[Free]] = {"dense": Dense, "
 
 TRITS = 5  # ternary values in a byte: 3^5 = 243
 
-Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "ternary", "binary"]
+Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "nf4", "ternary", "binary"]
 VALUE_BITS: dict[str, float] = {
     "float32": 32,
     "bfloat16": 16,
@@ -100,10 +100,11 @@ VALUE_BITS: dict[str, float] = {
     "int4": 4,
     "int3": 3,
     "int2": 2,
+    "nf4": 4,
     "ternary": 8 / TRITS,
     "binary": 1,
 }
-ROUNDED: dict[float, Coding] = {  # codings of integers by their bits
+ROUNDED: dict[float, Coding] = {  # codings on evenly spaced levels, by their bits
     8: "int8",
     4: "int4",
     3: "int3",

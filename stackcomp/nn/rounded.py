@@ -1,9 +1,9 @@
 """`RoundedMatrix`: a matrix in floating point that computes as it will be stored, so that it is trained with its rounding (arXiv
 1308.3432), or rounded with a view to its inputs (arXiv 2210.17323).
 
-    forward: code = clamp(round(v / scale - o)),   v' = scale * (code + o);      dL/dv = dL/dv'
+    forward: code = the nearest to v / scale,   v' = scale * level(code);      dL/dv = dL/dv'
 
-v are the stored values, one scale a group or a row as the stored form has it, o the offset of its grid (`ops.low_bit`). v' is what
+v are the stored values, one scale a group or a row as the stored form has it, levels those of its grid (`ops.low_bit`). v' is what
 an integer `StoredMatrix` gives, bit for bit below 8 bits and to float error at 8, whose scales its products apply last.
 
 Scales start as the stored form finds them. After the values have moved, `refit` takes the least-squares ones for the codes as they are,
@@ -49,7 +49,7 @@ class RoundedMatrix(StoredMatrix):
             return
         if form.packed:
             assert form.group is not None
-            places = self._codes().add_(self._grid.offset).view(form.lines)
+            places = self._grid.levels(self._codes()).view(form.lines)
             scales = low_bit.refit_scales(self.values.float().view(form.lines), places, form.group)
             self.steps.copy_(low_bit.stored_scales(scales.flatten(), DTYPES[form.scale_coding]))
             return
@@ -97,7 +97,7 @@ class RoundedMatrix(StoredMatrix):
         return self._stored[0].spec
 
     @property
-    def _grid(self) -> low_bit.Grid:
+    def _grid(self) -> low_bit.Grid | low_bit.NormalFloat:
         """The levels on which values are rounded."""
         return low_bit.GRIDS[self._form_to_be.coding]
 
@@ -144,7 +144,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, matrix: RoundedMatrix) -> Tensor:  # type: ignore[override]
         steps = matrix._per_value(matrix.steps.float())
-        return matrix._codes().add_(matrix._grid.offset).mul_(steps).to(values.dtype)
+        return matrix._grid.levels(matrix._codes()).mul_(steps).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

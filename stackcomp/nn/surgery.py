@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.settings import one_of
-from stackcomp.core.spec import ROUNDED, Coding, Dense, Fixed, Free, WeightSpec
+from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.matrix import StoredMatrix, store, take_rows, to_int8, to_low_bit
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
+from stackcomp.ops import low_bit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +134,7 @@ def quantize(
     sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are rounded too,
     token by token.
 
-    int4, int3, int2, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
+    int4, int3, int2, nf4, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
     `Free` layout, of all values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is
     said. Raises SettingError for other codings, and for a group or inputs that do not go with them.
     """
@@ -352,7 +353,7 @@ def _rounded(
     handle: WeightHandle, coding: Coding, group: int | None, scale_coding: Coding | None, dynamic: bool
 ) -> dict[str, StoredMatrix]:
     """The floating-point matrices of a weight as integers."""
-    one_of("coding", coding, ROUNDED.values())
+    one_of("coding", coding, low_bit.GRIDS)
     if coding == "int8" and group is not None:
         raise SettingError(
             f"group={group} does not go with coding='int8': leave it out, or give another coding"

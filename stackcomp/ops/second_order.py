@@ -86,14 +86,14 @@ def round_columns(
     steps: Float[Tensor, "n m"],
     coding: Coding,
 ) -> Float[Tensor, "n m"]:
-    """W' on the grid of a coding of integers: steps * (code + offset), see `ops.low_bit`. An entry of step 0 becomes 0, and the others
+    """W' on the grid of a coding, steps * level(code), see `ops.low_bit`. An entry of step 0 becomes 0, and the others
     take up its error: so entries that are not stored are kept out."""
     grid = GRIDS[coding]
     spacing = steps.t()[metric.order]
     inverse = torch.where(spacing == 0, 0, 1 / spacing)
 
     def nearest(j: int, values: Tensor) -> Tensor:
-        return grid.codes(values[0] * inverse[j]).add_(grid.offset).mul_(spacing[j])
+        return grid.levels(grid.codes(values[0] * inverse[j])).mul_(spacing[j])
 
     return sweep(weight, metric, nearest)
 

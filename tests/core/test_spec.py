@@ -47,7 +47,8 @@ def test_total_bytes_count_values_indices_and_scales():
     ],
 )
 @pytest.mark.parametrize(
-    ("coding", "bits"), [("int4", 4), ("int3", 3), ("int2", 2), ("ternary", Fraction(8, 5)), ("binary", 1)]
+    ("coding", "bits"),
+    [("int4", 4), ("int3", 3), ("int2", 2), ("nf4", 4), ("ternary", Fraction(8, 5)), ("binary", 1)],
 )
 def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, coding, bits):
     matrix = MatrixSpec(rows=10, cols=60, layout=layout, coding=coding, group=32, scale_coding="float16")

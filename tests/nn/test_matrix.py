@@ -148,7 +148,7 @@ def test_int8_products_block_by_block(dynamic):
     )
 
 
-@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "ternary", "binary"])
+@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "nf4", "ternary", "binary"])
 @pytest.mark.parametrize("group", [7, 16])
 def test_low_bits(kept, coding, group):
     stored, matrix = kept

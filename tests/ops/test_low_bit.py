@@ -18,6 +18,7 @@ LEVELS = {
     "int2": torch.arange(-2, 2) + 0.25,
     "ternary": torch.tensor([-1.0, 0.0, 1.0]),
     "binary": torch.tensor([-0.5, 0.5]),
+    "nf4": low_bit.GRIDS["nf4"].table,  # checked below
 }
 CODINGS = tuple(LEVELS)
 coding_of = pytest.mark.parametrize("coding", CODINGS)
@@ -46,7 +47,7 @@ def test_packing_is_exact_and_as_small_as_it_says(coding, count, start, data):
     assert torch.equal(low_bit.take(packed, coding, places), codes.flip(0))
 
 
-@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "binary"])
+@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "nf4", "binary"])
 def test_bits_stand_where_the_docstring_says(coding):
     levels, bits = len(LEVELS[coding]), int(VALUE_BITS[coding])
     codes = torch.randint(0, levels, (21,), dtype=torch.uint8)
@@ -136,10 +137,29 @@ def test_the_scale_of_binary_values_is_their_mean_magnitude():
     torch.testing.assert_close(rounded, values.sign() * values.abs().mean(1, keepdim=True))
 
 
+def test_the_levels_of_nf4_are_the_published_ones():
+    """Appendix E of QLoRA."""
+    negative = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    positive = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    torch.testing.assert_close(LEVELS["nf4"], torch.tensor(negative + positive), rtol=0, atol=5e-7)
+
+
+def test_nf4_agrees_with_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values = 0.05 * randn(64, 192)
+    codes, scales = quantize_groups(values, "nf4", 64, scale_dtype=torch.float32)
+    packed, state = functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    assert torch.equal(scales.flatten(), state.absmax)
+    theirs = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).view(codes.shape)
+    assert torch.equal(codes, theirs)
+    rounded = dequantize_groups(codes, scales, "nf4", 64)
+    torch.testing.assert_close(rounded, functional.dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7)
+
+
 def test_more_bits_and_smaller_groups_leave_less_error():
     values = randn(64, 128)
     errors = [error(values, round_groups(values, coding, 32)).mean() / 128 for coding in CODINGS]
-    expected = torch.tensor([0.0065, 0.0261, 0.0978, 0.178, 0.353])
+    expected = torch.tensor([0.0065, 0.0261, 0.0978, 0.178, 0.353, 0.0076])
     assert torch.allclose(torch.stack(errors), expected, rtol=0.05)
     for coding in ("int3", "ternary", "binary"):
         by_group = [error(values, round_groups(values, coding, group)).mean() for group in (8, 32, 128)]
