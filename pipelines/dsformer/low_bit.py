@@ -5,12 +5,13 @@ counted: values, scales and indices.
 
 Methods, all with the same number of recovery steps, batches, teacher and losses, and with rounding in the loop of every step:
 
-- "rounded": LowBitWeights, without recovery; "rounded, trained": QuantizationAware at the same bits;
+- "rounded": LowBitWeights of 2 bits, without recovery; "ternary" and "binary": the same with 1.6 and 1; each with ", trained":
+  QuantizationAware at the same bits;
 - "dense-sparse" and "low rank", with factors of 4 or of 8 bits;
 - "pruned": the largest values, of 4 bits, beside a bitmap; "STF": supports learned in half of the steps, 4 bits in the other half.
 
-Two bits and a scale a row are the least that plain rounding can take: below 2 it has no point (a ternary code would, 1.6 bits; we store
-none). What an entry really came to stands in its row: `layer_compression` of its last step, from 32 bits.
+Plain rounding meets every budget; that of 2 bits in two ways, with 2 bits and a scale for 384 values, or ternary with one for 40. What an
+entry really came to stands in its row: `layer_compression` of its last step, from 32 bits.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,13 @@ import stackcomp as sc
 TASKS = ("stsb", "reviews")
 SEED = 0
 BUDGET_BITS = (3.0, 2.5, 2.0, 1.5, 1.25)  # a weight of the encoder
-GROUPS = {3.0: 16, 2.5: 32, 2.0: 384}  # of 2-bit values under one 16-bit scale; 384 is a row, 2.04 bits
+ROUNDINGS = {  # bits of a value, and how many share a 16-bit scale
+    3.0: {"rounded": (2, 16)},
+    2.5: {"rounded": (2, 32)},
+    2.0: {"rounded": (2, 384), "ternary": (1.6, 40)},
+    1.5: {"binary": (1, 32)},
+    1.25: {"binary": (1, 64)},
+}
 PRUNED_BITS = 4 + 16 / 32  # of a kept value, in groups of 32 without an end; the bitmap has 1 bit a weight
 
 
@@ -42,7 +49,7 @@ class Width:
 WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.5))
 
 
-def learned(budget: Budget, bits: int, group: int | None = None, **settings: object) -> sc.Pass:
+def learned(budget: Budget, bits: float, group: int | None = None, **settings: object) -> sc.Pass:
     """The recovery with rounding in its loop."""
     return sc.QuantizationAware(
         bits=bits, group=group, **(budget.learning | settings), only=BLOCKS, frozen=FROZEN
@@ -51,12 +58,9 @@ def learned(budget: Budget, bits: int, group: int | None = None, **settings: obj
 
 def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
     """Every method that can take so many bits a weight."""
-    if bits in GROUPS:
-        yield (
-            "rounded",
-            sc.Pipeline(sc.LowBitWeights(bits=2, group=GROUPS[bits], only=BLOCKS)),
-        )
-        yield "rounded, trained", sc.Pipeline(learned(budget, 2, GROUPS[bits]))
+    for method, (value_bits, group) in ROUNDINGS[bits].items():
+        yield method, sc.Pipeline(sc.LowBitWeights(bits=value_bits, group=group, only=BLOCKS))
+        yield f"{method}, trained", sc.Pipeline(learned(budget, value_bits, group))
     for width in WIDTHS:
         start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
         recovery = learned(budget, width.bits)

@@ -15,6 +15,9 @@ class Fact(StrEnum):
     INT4 = "int4"  # values are 4-bit codes with one scale a group
     INT3 = "int3"  # the same with 3 bits
     INT2 = "int2"  # the same with 2 bits
+    NF4 = "nf4"  # 4-bit codes of the quantiles of a normal distribution, times the scale of a group
+    TERNARY = "ternary"  # -1, 0 or 1 times the scale of a group, 1.6 bits
+    BINARY = "binary"  # one of two opposite values a group, 1 bit
     DENSE = "dense"  # every entry is stored
     SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
     FACTOR = "factor"  # the part is one factor of a product
@@ -24,8 +27,8 @@ class Fact(StrEnum):
 
 Facts = frozenset[Fact]
 
-# values on a grid, of which the scales can be trained
-INTEGERS: Facts = frozenset({Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2})
+# codes on a grid, of which the scales can be trained
+INTEGERS: Facts = frozenset({Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2, Fact.NF4, Fact.TERNARY, Fact.BINARY})
 
 
 def facts(*words: Fact) -> Facts:

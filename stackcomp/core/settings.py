@@ -3,9 +3,10 @@
 import re
 from collections.abc import Collection, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from stackcomp.core.errors import SettingError
+from stackcomp.core.spec import ROUNDED, Coding
 
 if TYPE_CHECKING:
     from stackcomp.core.plan import PlannedWeight
@@ -57,18 +58,19 @@ def groups_fit(sparsity: object, weights: "Sequence[PlannedWeight]") -> None:
             )
 
 
-def group_size(bits: object, group: object) -> int | None:
-    """How many values of `bits` bits share a scale: `group`, or 32 where nothing is said; None at 8 bits, which have a scale a row
-    and refuse a group."""
-    one_of("bits", bits, (8, 4, 3, 2))
+def rounding(bits: float, group: int | None) -> tuple[Coding, int | None]:
+    """How integers of `bits` bits are stored, and how many share a scale: `group`, or 32 where nothing is said; None at 8 bits, which
+    have a scale a row and refuse a group."""
+    one_of("bits", bits, ROUNDED)
+    coding = ROUNDED[bits]
     if group is None:
-        return None if bits == 8 else 32
+        return coding, None if bits == 8 else 32
     whole("group", group, 1)
     if bits == 8:
         raise SettingError(
-            f"group={group} does not go with bits=8, which has a scale a row: leave it out, or give bits=4, 3 or 2"
+            f"group={group} does not go with bits=8, which has a scale a row: leave it out, or give fewer bits"
         )
-    return cast(int, group)
+    return coding, group
 
 
 def have_inputs(weights: "Sequence[PlannedWeight]", instead: str) -> None:

@@ -89,8 +89,10 @@ class Free:
 Layout = Dense | Fixed | Free
 _LAYOUTS: dict[str, type[Dense] | type[Fixed] | type[Free]] = {"dense": Dense, "fixed": Fixed, "free": Free}
 
-Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"]
-VALUE_BITS: dict[str, int] = {
+TRITS = 5  # ternary values in a byte: 3^5 = 243
+
+Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "nf4", "ternary", "binary"]
+VALUE_BITS: dict[str, float] = {
     "float32": 32,
     "bfloat16": 16,
     "float16": 16,
@@ -98,12 +100,23 @@ VALUE_BITS: dict[str, int] = {
     "int4": 4,
     "int3": 3,
     "int2": 2,
+    "nf4": 4,
+    "ternary": 8 / TRITS,
+    "binary": 1,
+}
+ROUNDED: dict[float, Coding] = {  # codings on evenly spaced levels, by their bits
+    8: "int8",
+    4: "int4",
+    3: "int3",
+    2: "int2",
+    8 / TRITS: "ternary",
+    1: "binary",
 }
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` values of `bits` bits side by side."""
-    return -(-count * bits // 8)
+def packed_bytes(count: int, bits: float) -> int:
+    """Bytes of `count` values of `bits` bits side by side; of ternary ones, `TRITS` in every byte."""
+    return -(-count // TRITS) if bits == VALUE_BITS["ternary"] else -(-count * int(bits) // 8)
 
 
 def word_bits(choices: int, ranks: int) -> int:
@@ -133,8 +146,8 @@ class MatrixSpec:
     def __post_init__(self) -> None:
         if (self.group is not None) != (self.bits < 8) or (self.group is not None and self.group < 1):
             raise SettingError(
-                f"group={self.group!r} does not fit coding={self.coding!r}: int4, int3 and int2 take a whole number from 1, "
-                "all others none"
+                f"group={self.group!r} does not fit coding={self.coding!r}: integers of fewer than 8 bits take a whole "
+                "number from 1, all others none"
             )
         if self.dynamic and self.coding != "int8":
             raise SettingError(
@@ -177,7 +190,7 @@ class MatrixSpec:
                 return (nonzeros,)
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> float:
         """Bits of a value."""
         return VALUE_BITS[self.coding]
 
@@ -212,7 +225,8 @@ class MatrixSpec:
     @property
     def total_bytes(self) -> int:
         """Bytes of values, indices and scales."""
-        return self.value_bytes + self.index_bytes + self.scale_count * VALUE_BITS[self.scale_coding] // 8
+        scale_bytes = packed_bytes(self.scale_count, VALUE_BITS[self.scale_coding])
+        return self.value_bytes + self.index_bytes + scale_bytes
 
     @property
     def facts(self) -> Facts:

@@ -31,7 +31,6 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-LOW_BITS: dict[int, Coding] = {4: "int4", 3: "int3", 2: "int2"}
 CODINGS: dict[torch.dtype, Coding] = {dtype: name for name, dtype in DTYPES.items()}  # type: ignore[misc]
 
 GATHER_TOKENS = 256  # up to here, and up to this share of entries, gathering rows was measured faster than
@@ -230,9 +229,9 @@ class StoredMatrix(nn.Module):
         if not form.packed:
             return self.values.flatten()
         assert form.group is not None
-        codes = low_bit.unpack_bits(self.values, form.bits, form.count).view(form.lines)
+        codes = low_bit.unpack(self.values, form.coding, form.count).view(form.lines)
         scales = low_bit.stored_scales(self._steps, self._scale_dtype).view(form.lines[0], -1)
-        return low_bit.dequantize_groups(codes, scales, form.bits, form.group).flatten()
+        return low_bit.dequantize_groups(codes, scales, form.coding, form.group).flatten()
 
     def _at(self, entries: Int64[Tensor, "*t"]) -> Tensor:
         """The stored values at these places of the row `_flat`, without decoding the others."""
@@ -244,8 +243,8 @@ class StoredMatrix(nn.Module):
         line = entries // length
         groups = line * -(-length // form.group) + (entries - line * length) // form.group
         scales = low_bit.stored_scales(self._steps[groups], self._scale_dtype)
-        codes = low_bit.take_bits(self.values, form.bits, entries)
-        return low_bit.levels(codes, form.bits, scales.dtype) * scales
+        codes = low_bit.take(self.values, form.coding, entries)
+        return low_bit.levels(codes, form.coding, scales.dtype) * scales
 
     def _spread(self) -> Tensor:
         """The stored values in their places, zeros elsewhere; the scales of values that are not packed are not
@@ -442,23 +441,23 @@ def to_int8(
 def to_low_bit(
     matrix: StoredMatrix,
     *,
-    bits: int,
+    coding: Coding,
     group: int,
     scale_coding: Coding = "float16",
     dynamic: bool = False,
 ) -> StoredMatrix:
-    """The same matrix, in floating point until now, with its stored values rounded to 4, 3 or 2 bits, one scale
+    """The same matrix, in floating point until now, with its stored values rounded to fewer than 8 bits, one scale
     for every `group` of a line. Raises SettingError for a group below 1, and for `dynamic`, which needs int8.
     """
     form = matrix.spec
-    spec = replace(form, coding=LOW_BITS[bits], group=group, scale_coding=scale_coding, dynamic=dynamic)
+    spec = replace(form, coding=coding, group=group, scale_coding=scale_coding, dynamic=dynamic)
     rounded = StoredMatrix(spec, device=matrix.device, dtype=matrix.dtype)
     with torch.no_grad():
         assert rounded.scales is not None
         codes, scales = low_bit.quantize_groups(
-            matrix.values.view(form.lines), bits, group, scale_dtype=DTYPES[scale_coding]
+            matrix.values.view(form.lines), coding, group, scale_dtype=DTYPES[scale_coding]
         )
-        rounded.values.copy_(low_bit.pack_bits(codes.flatten(), bits))
+        rounded.values.copy_(low_bit.pack(codes.flatten(), coding))
         rounded.scales.copy_(scales.flatten())
     return _as(matrix, rounded)
 
@@ -474,8 +473,8 @@ def take_rows(matrix: StoredMatrix, rows: Int64[Tensor, " n"]) -> StoredMatrix:
     taken = StoredMatrix(replace(form, rows=len(rows)), device=matrix.device, dtype=matrix.dtype)
     with torch.no_grad():
         if form.packed:
-            codes = low_bit.unpack_bits(matrix.values, form.bits, form.count).view(form.lines)[rows]
-            taken.values.copy_(low_bit.pack_bits(codes.flatten(), form.bits))
+            codes = low_bit.unpack(matrix.values, form.coding, form.count).view(form.lines)[rows]
+            taken.values.copy_(low_bit.pack(codes.flatten(), form.coding))
         else:
             taken.values.copy_(matrix.values[rows])
         if matrix.scales is not None and taken.scales is not None:

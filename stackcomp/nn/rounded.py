@@ -1,15 +1,16 @@
 """`RoundedMatrix`: a matrix in floating point that computes as it will be stored, so that it is trained with its rounding (arXiv
 1308.3432), or rounded with a view to its inputs (arXiv 2210.17323).
 
-    forward: code = clamp(round(v / scale - o)),   v' = scale * (code + o);      dL/dv = dL/dv'
+    forward: code = the nearest to v / scale,   v' = scale * level(code);      dL/dv = dL/dv'
 
-v are the stored values, one scale a group or a row as the stored form has it, o its offset (`ops.low_bit`, `ops.quantize`). v' is what
+v are the stored values, one scale a group or a row as the stored form has it, levels those of its grid (`ops.low_bit`). v' is what
 an integer `StoredMatrix` gives, bit for bit below 8 bits and to float error at 8, whose scales its products apply last.
 
-Scales start as the search of the stored form finds them. After the values have moved, `refit` takes the least-squares ones for the codes
-as they are, or at 8 bits those of the largest values. A new search would find a little less error, but turns the grids of many groups
-around: after a drift of a twentieth of the spread of the values it changes v' at 2 bits by ten times as much as a refit does, after a
-fifth of it by nearly the error of rounding itself (0.07 and 0.10 of their variance).
+Scales start as the stored form finds them. After the values have moved, `refit` takes the least-squares ones for the codes as they are,
+or at 8 bits those of the largest values. A new search would find a little less error, but turns the grids of many groups around: after a
+drift of a twentieth of the spread of the values it changes v' at 2 bits by ten times as much as a refit does, after a fifth of it by
+nearly the error of rounding itself (0.07 and 0.10 of their variance). Ternary scales are found anew: theirs is no search, and where all
+values of a group have come to round to zero, codes as they are say nothing of it.
 """
 
 from typing import Any
@@ -42,10 +43,13 @@ class RoundedMatrix(StoredMatrix):
     @torch.no_grad()
     def refit(self) -> None:
         """Fit the scales to the values as they are now."""
-        form = self._grid
+        form = self._form_to_be
+        if form.coding == "ternary":
+            self._search()
+            return
         if form.packed:
             assert form.group is not None
-            places = self._codes().add_(low_bit.OFFSET).view(form.lines)
+            places = self._grid.levels(self._codes()).view(form.lines)
             scales = low_bit.refit_scales(self.values.float().view(form.lines), places, form.group)
             self.steps.copy_(low_bit.stored_scales(scales.flatten(), DTYPES[form.scale_coding]))
             return
@@ -64,21 +68,12 @@ class RoundedMatrix(StoredMatrix):
             second_order.curvature(moment, damping=damping, ordered=ordered) for moment in product.moments
         ]
         weights = product.split(self._placed(self.values.flatten().float()))
-        form = self._grid
-        if form.packed:
-            assert form.group is not None
+        if self._form_to_be.packed:
             shares = torch.stack([metric.sensitivity for metric in metrics]).unsqueeze(1).expand_as(weights)
-            _, scales = low_bit.quantize_groups(
-                self.values.view(form.lines),
-                form.bits,
-                form.group,
-                scale_dtype=DTYPES[form.scale_coding],
-                weights=self._picked(product.join(shares)).view(form.lines),
-            )
-            self.steps.copy_(scales.flatten())
+            self._search(self._picked(product.join(shares)))
         steps = product.split(self._placed(self._per_value(self.steps.float())))
         rounded = [
-            second_order.round_columns(*each, bits=form.bits, offset=self._offset)
+            second_order.round_columns(*each, self._form_to_be.coding)
             for each in zip(weights, metrics, steps, strict=True)
         ]
         self.values.copy_(self._picked(product.join(torch.stack(rounded))).view_as(self.values))
@@ -87,9 +82,9 @@ class RoundedMatrix(StoredMatrix):
     def stored(self) -> StoredMatrix:
         """The same matrix as integers."""
         stored = self._stored[0].to(self.device)
-        codes, bits = self._codes(), self._grid.bits
-        if self._grid.packed:
-            stored.values.copy_(low_bit.pack_bits((codes + 2 ** (bits - 1)).to(torch.uint8), bits))
+        codes, form = self._codes(), self._form_to_be
+        if form.packed:
+            stored.values.copy_(low_bit.pack(codes.sub_(self._grid.low).to(torch.uint8), form.coding))
         else:
             stored.values.copy_(codes.view(stored.values.shape))
         assert stored.scales is not None
@@ -97,25 +92,37 @@ class RoundedMatrix(StoredMatrix):
         return stored
 
     @property
-    def _grid(self) -> MatrixSpec:
+    def _form_to_be(self) -> MatrixSpec:
         """How the matrix will be stored."""
         return self._stored[0].spec
 
+    @property
+    def _grid(self) -> low_bit.Grid | low_bit.NormalFloat:
+        """The levels on which values are rounded."""
+        return low_bit.GRIDS[self._form_to_be.coding]
+
+    def _search(self, weights: Float[Tensor, " n"] | None = None) -> None:
+        """Find the scales of groups anew. weights: the importance of every value."""
+        form = self._form_to_be
+        assert form.group is not None
+        _, scales = low_bit.quantize_groups(
+            self.values.view(form.lines),
+            form.coding,
+            form.group,
+            scale_dtype=DTYPES[form.scale_coding],
+            weights=None if weights is None else weights.view(form.lines),
+        )
+        self.steps.copy_(scales.flatten())
+
     def _codes(self) -> Float[Tensor, " n"]:
-        """The code of every value, from -2^(bits - 1)."""
+        """The code of every value."""
         steps = self.steps.float()
         places = self.values.detach().flatten() * self._per_value(torch.where(steps == 0, 0, 1 / steps))
-        half = 2 ** (self._grid.bits - 1)
-        return places.sub_(self._offset).round_().clamp_(-half, half - 1)
-
-    @property
-    def _offset(self) -> float:
-        """Where code 0 stands on the grid."""
-        return low_bit.OFFSET if self._grid.packed else 0.0
+        return self._grid.codes(places)
 
     def _per_value(self, scales: Tensor) -> Tensor:
         """The scale of every stored value."""
-        form = self._grid
+        form = self._form_to_be
         if form.packed:
             assert form.group is not None
             lines, length = form.lines
@@ -137,7 +144,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, matrix: RoundedMatrix) -> Tensor:  # type: ignore[override]
         steps = matrix._per_value(matrix.steps.float())
-        return matrix._codes().add_(matrix._offset).mul_(steps).to(values.dtype)
+        return matrix._grid.levels(matrix._codes()).mul_(steps).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -20,11 +20,12 @@ from stackcomp.core.families import attention_of, between, feed_forward_of, head
 from stackcomp.core.settings import one_of
 from stackcomp.core.spec import Coding, Dense, Fixed, Free, WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
-from stackcomp.nn.matrix import LOW_BITS, StoredMatrix, store, take_rows, to_int8, to_low_bit
+from stackcomp.nn.matrix import StoredMatrix, store, take_rows, to_int8, to_low_bit
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
+from stackcomp.ops import low_bit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,28 +125,28 @@ def quantize(
     model: "PreTrainedModel",
     id_: str,
     *,
-    bits: int = 8,
+    coding: Coding = "int8",
     group: int | None = None,
     scale_coding: Coding | None = None,
     dynamic: bool = False,
 ) -> None:
-    """Round every floating-point matrix of a weight to integers of `bits` bits.
+    """Round every floating-point matrix of a weight to integers.
 
-    8 bits: int8, with scales in the dtype that the weight had. A matrix has one scale a row, or a column where
-    its product sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are
-    rounded too, token by token.
+    int8: with scales in the dtype that the weight had. A matrix has one scale a row, or a column where its product
+    sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are rounded too,
+    token by token.
 
-    4, 3 or 2 bits: packed codes, with a scale for every `group` stored values of a row (of a `Free` layout, of all
-    values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is said. Raises
-    SettingError for other bits, and for a group or inputs that do not go with them.
+    int4, int3, int2, nf4, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
+    `Free` layout, of all values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is
+    said. Raises SettingError for other codings, and for a group or inputs that do not go with them.
     """
     handle = weights(model)[id_]
-    rounded = _rounded(handle, bits, group, scale_coding, dynamic)
+    rounded = _rounded(handle, coding, group, scale_coding, dynamic)
     _put(model, handle, _matrices(handle) | rounded, transposed=handle.spec.transposed)
 
 
 def round_in_training(
-    model: "PreTrainedModel", id_: str, *, bits: int = 8, group: int | None = None
+    model: "PreTrainedModel", id_: str, *, coding: Coding = "int8", group: int | None = None
 ) -> list[RoundedMatrix]:
     """Let every floating-point matrix of a weight compute as `quantize` with the same settings would store it, and take gradients
     straight through; returns these matrices. `settle` then stores them as they compute."""
@@ -153,7 +154,7 @@ def round_in_training(
     before = _matrices(handle)
     learning = {
         part: RoundedMatrix(before[part], stored)
-        for part, stored in _rounded(handle, bits, group, None, dynamic=False).items()
+        for part, stored in _rounded(handle, coding, group, None, dynamic=False).items()
     }
     _put(model, handle, before | learning, transposed=handle.spec.transposed)
     return list(learning.values())
@@ -164,14 +165,14 @@ def round_columns(
     id_: str,
     *,
     moment: Float[Tensor, "m m"],
-    bits: int,
+    coding: Coding,
     group: int | None,
     damping: float,
     ordered: bool,
 ) -> None:
     """As `quantize`, for a linear weight whose inputs have the second moment `moment`: of every product that it is made of, values
     that are rounded later make up for the errors of those before (see `RoundedMatrix.round_columns`)."""
-    round_in_training(model, id_, bits=bits, group=group)
+    round_in_training(model, id_, coding=coding, group=group)
     handle = weights(model)[id_]
     for product in products(handle.spec, _matrices(handle), moment):
         if isinstance(product.matrix, RoundedMatrix):
@@ -429,20 +430,22 @@ def _sparse(
 
 
 def _rounded(
-    handle: WeightHandle, bits: int, group: int | None, scale_coding: Coding | None, dynamic: bool
+    handle: WeightHandle, coding: Coding, group: int | None, scale_coding: Coding | None, dynamic: bool
 ) -> dict[str, StoredMatrix]:
     """The floating-point matrices of a weight as integers."""
-    one_of("bits", bits, (8, *LOW_BITS))
-    if bits == 8 and group is not None:
-        raise SettingError(f"group={group} does not go with bits=8: leave it out, or give bits=4, 3 or 2")
+    one_of("coding", coding, low_bit.GRIDS)
+    if coding == "int8" and group is not None:
+        raise SettingError(
+            f"group={group} does not go with coding='int8': leave it out, or give another coding"
+        )
     axis = 1 if handle.spec.factored and handle.spec.transposed else 0
 
     def rounded(matrix: StoredMatrix) -> StoredMatrix:
-        if bits == 8:
+        if coding == "int8":
             return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
         short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
         return to_low_bit(
-            matrix, bits=bits, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
+            matrix, coding=coding, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
         )
 
     return {part: rounded(matrix) for part, matrix in _matrices(handle).items() if not matrix.spec.integers}

@@ -12,10 +12,10 @@ from .factorize import DenseSparseFactors as DenseSparseFactors
 from .factorize import Factorizer as Factorizer
 from .factorize import dense_sparse as dense_sparse
 from .low_bit import dequantize_groups as dequantize_groups
-from .low_bit import pack_bits as pack_bits
+from .low_bit import pack as pack
 from .low_bit import quantize_groups as quantize_groups
 from .low_bit import round_groups as round_groups
-from .low_bit import unpack_bits as unpack_bits
+from .low_bit import unpack as unpack
 from .low_rank import low_rank as low_rank
 from .low_rank import low_rank_of_rows as low_rank_of_rows
 from .low_rank import rank_errors as rank_errors

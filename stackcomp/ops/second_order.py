@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from stackcomp.core.spec import Coding
+from stackcomp.ops.low_bit import GRIDS
 from stackcomp.ops.masks import highest, highest_in_groups
 from stackcomp.ops.whiten import whitener
 
@@ -82,19 +84,16 @@ def round_columns(
     weight: Float[Tensor, "n m"],
     metric: Curvature,
     steps: Float[Tensor, "n m"],
-    *,
-    bits: int,
-    offset: float,
+    coding: Coding,
 ) -> Float[Tensor, "n m"]:
-    """W' on the grid steps * (code + offset), codes of `bits` bits from -2^(bits - 1). An entry of step 0 becomes 0, and the others
+    """W' on the grid of a coding, steps * level(code), see `ops.low_bit`. An entry of step 0 becomes 0, and the others
     take up its error: so entries that are not stored are kept out."""
+    grid = GRIDS[coding]
     spacing = steps.t()[metric.order]
     inverse = torch.where(spacing == 0, 0, 1 / spacing)
-    half = 2 ** (bits - 1)
 
     def nearest(j: int, values: Tensor) -> Tensor:
-        codes = (values[0] * inverse[j]).sub_(offset).round_().clamp_(-half, half - 1)
-        return codes.add_(offset).mul_(spacing[j])
+        return grid.levels(grid.codes(values[0] * inverse[j])).mul_(spacing[j])
 
     return sweep(weight, metric, nearest)
 

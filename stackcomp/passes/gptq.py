@@ -9,7 +9,8 @@ from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import group_size, have_inputs, whole, within
+from stackcomp.core.settings import have_inputs, rounding, whole, within
+from stackcomp.core.spec import ROUNDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +26,10 @@ class GPTQ(Pass):
     With H the second moment of a layer's inputs, columns are rounded one by one, and those to come move so that
     tr((W - W') H (W - W')^T) is least: w_k <- w_k - e U_jk with e = (w_j - w'_j) / U_jj, H^-1 = U^T U.
 
-    bits: of a value, 8, 4, 3 or 2; group: how many consecutive stored values of a row share a 16-bit scale, 32 where nothing is
-    said; 8 bits have a scale a row, and no group. samples: calibration texts; damping: share of the mean diagonal that is added to
-    H; order: round columns by falling diagonal of H ("act-order"), rather than as they stand: what the inputs weigh most has the
-    most left to make up for it.
+    bits: of a value, 8, 4, 3, 2, 1.6 (ternary) or 1 (binary); group: how many consecutive stored values of a row share a 16-bit
+    scale, 32 where nothing is said; 8 bits have a scale a row, and no group. samples: calibration texts; damping: share of the mean
+    diagonal that is added to H; order: round columns by falling diagonal of H ("act-order"), rather than as they stand: what the
+    inputs weigh most has the most left to make up for it.
 
     Reaches what LowBitWeights reaches, but for embeddings: both factors of a low-rank or dense-sparse layer, the second with the
     moment of what the first, rounded, lets through; and what pruning kept: dropped entries stay zero, and the kept ones to come take
@@ -39,7 +40,7 @@ class GPTQ(Pass):
     calibrated at once, on the model as this pass finds it.
     """
 
-    bits: int = 4
+    bits: float = 4
     group: int | None = None
     samples: int = 1024
     damping: float = 0.01
@@ -49,7 +50,7 @@ class GPTQ(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        group_size(self.bits, self.group)
+        rounding(self.bits, self.group)
         whole("samples", self.samples, 1)
         within("damping", self.damping, 0.0, 1.0, above=True)
 
@@ -57,7 +58,7 @@ class GPTQ(Pass):
     def contract(self) -> Contract:
         return Contract(
             requires=facts(Fact.FLOAT),
-            adds=facts(Fact(f"int{self.bits}")),
+            adds=facts(Fact(ROUNDED[self.bits])),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
             needs=frozenset({Need.CALIBRATION}),
         )
@@ -66,14 +67,15 @@ class GPTQ(Pass):
         have_inputs(weights, "LowBitWeights or Int8Weights")
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
+        coding, group = rounding(self.bits, self.group)
         moments = data.input_moments(model, context, self.samples)
         for id_ in context.progress(context.targets, label="rounding"):
             nn.round_columns(
                 model,
                 id_,
                 moment=moments[id_],
-                bits=self.bits,
-                group=group_size(self.bits, self.group),
+                coding=coding,
+                group=group,
                 damping=self.damping,
                 ordered=self.order,
             )

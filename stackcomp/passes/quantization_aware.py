@@ -7,7 +7,8 @@ from stackcomp import training
 from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
-from stackcomp.core.settings import group_size, whole
+from stackcomp.core.settings import rounding, whole
+from stackcomp.core.spec import ROUNDED
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class QuantizationAware(LearnedForm):
     goes straight through to v. Reaches whatever a weight is stored as: a whole matrix, both factors of a dense-sparse or low-rank
     one, and what pruning kept; a support is left alone. Embeddings are rounded when `only` names them.
 
-    bits: of a value, 8, 4, 3 or 2; group: how many consecutive stored values of a row share a 16-bit scale, 32 where nothing is
-    said; 8 bits have a scale a row, and no group. every: steps between fits of the scales to values that have moved.
+    bits: of a value, 8, 4, 3, 2, 1.6 (ternary) or 1 (binary); group: how many consecutive stored values of a row share a 16-bit
+    scale, 32 where nothing is said; 8 bits have a scale a row, and no group. every: steps between fits of the scales to values that
+    have moved.
 
     only, skip: the weights that are rounded; everything but `frozen` is trained. distill: follow the model as it came, with this
     temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task. The other settings are
@@ -34,21 +36,22 @@ class QuantizationAware(LearnedForm):
     save_every.
 
     Where we differ from the papers: scales follow the values by least squares, where LSQ gives them gradients and TernaryBERT finds
-    them anew at every step; the gradient reaches clipped values too; activations are not rounded.
+    them anew at every step; the gradient reaches clipped values too; activations are not rounded; and binary weights start from the
+    model as it is, where BinaryBERT splits those of a ternary one of half the width.
     """
 
-    bits: int = 4
+    bits: float = 4
     group: int | None = None
     every: int = 8
 
     paper: ClassVar[str] = (
-        "Zhang et al., TernaryBERT, arXiv:2009.12812; Esser et al., LSQ, arXiv:1902.08153; "
+        "Zhang et al., TernaryBERT, arXiv:2009.12812; Bai et al., BinaryBERT, arXiv:2012.15701; Esser et al., LSQ, arXiv:1902.08153; "
         "straight through: Bengio et al., arXiv:1308.3432"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        group_size(self.bits, self.group)
+        rounding(self.bits, self.group)
         whole("every", self.every, 1)
 
     @property
@@ -58,7 +61,7 @@ class QuantizationAware(LearnedForm):
             return asked
         return replace(
             asked,
-            adds=facts(Fact(f"int{self.bits}")),
+            adds=facts(Fact(ROUNDED[self.bits])),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
             trains=True,
             needs=self._needs,
@@ -67,8 +70,8 @@ class QuantizationAware(LearnedForm):
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:
             return {}
-        group = group_size(self.bits, self.group)
-        with training.rounded(model, context.targets, bits=self.bits, group=group) as matrices:
+        coding, group = rounding(self.bits, self.group)
+        with training.rounded(model, context.targets, coding=coding, group=group) as matrices:
 
             def refit(step: int) -> None:
                 if step and step % self.every == 0:

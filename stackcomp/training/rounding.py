@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from stackcomp.core.spec import Coding
 from stackcomp.nn import RoundedMatrix, round_in_training, settle
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def rounded(
-    model: "PreTrainedModel", ids: Iterable[str], *, bits: int, group: int | None
+    model: "PreTrainedModel", ids: Iterable[str], *, coding: Coding, group: int | None
 ) -> Iterator[list[RoundedMatrix]]:
     """Round the weights `ids` while they are trained, as long as the context lasts; afterwards, a failure included, they are stored as
     they computed last."""
@@ -21,7 +22,7 @@ def rounded(
     matrices: list[RoundedMatrix] = []
     try:
         for id_ in ids:
-            matrices += round_in_training(model, id_, bits=bits, group=group)
+            matrices += round_in_training(model, id_, coding=coding, group=group)
             done.append(id_)
         yield matrices
     finally:

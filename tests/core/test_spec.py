@@ -1,5 +1,6 @@
 import json
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -45,17 +46,18 @@ def test_total_bytes_count_values_indices_and_scales():
         (Free(nonzeros=0), 0, 0),
     ],
 )
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, bits):
-    matrix = MatrixSpec(
-        rows=10, cols=60, layout=layout, coding=f"int{bits}", group=32, scale_coding="float16"
-    )
+@pytest.mark.parametrize(
+    ("coding", "bits"),
+    [("int4", 4), ("int3", 3), ("int2", 2), ("nf4", 4), ("ternary", Fraction(8, 5)), ("binary", 1)],
+)
+def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, coding, bits):
+    matrix = MatrixSpec(rows=10, cols=60, layout=layout, coding=coding, group=32, scale_coding="float16")
     assert matrix.count == count
     assert matrix.value_bytes == math.ceil(count * bits / 8)
     assert matrix.values_shape == (matrix.value_bytes,)
     assert matrix.scale_count == scales
     assert matrix.total_bytes == matrix.value_bytes + matrix.index_bytes + 2 * scales
-    assert Fact(f"int{bits}") in matrix.facts
+    assert Fact(coding) in matrix.facts
     assert not {Fact.FLOAT, Fact.TRAINABLE, Fact.INT8} & matrix.facts
     weight = WEIGHT.with_matrix("basis", matrix)
     assert WeightSpec.from_json("a.b", json.loads(json.dumps(weight.to_json()))) == weight

@@ -148,18 +148,18 @@ def test_int8_products_block_by_block(dynamic):
     )
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "nf4", "ternary", "binary"])
 @pytest.mark.parametrize("group", [7, 16])
-def test_low_bits(kept, bits, group):
+def test_low_bits(kept, coding, group):
     stored, matrix = kept
-    rounded = to_low_bit(stored, bits=bits, group=group)
-    assert rounded.spec.coding == f"int{bits}"
+    rounded = to_low_bit(stored, coding=coding, group=group)
+    assert rounded.spec.coding == coding
     assert sum(part.nbytes for part in rounded.state_dict().values()) == rounded.spec.total_bytes
     assert torch.equal(rounded.mask(), stored.mask())
     assert not rounded.dense()[~stored.mask()].any()
-    expected = round_groups(stored.values.detach().view(stored.spec.lines), bits, group)
+    expected = round_groups(stored.values.detach().view(stored.spec.lines), coding, group)
     assert torch.equal(rounded.dense(), torch.zeros_like(matrix).masked_scatter(stored.mask(), expected))
-    again = to_low_bit(store(rounded.dense().detach(), *form_of(stored)), bits=bits, group=group)
+    again = to_low_bit(store(rounded.dense().detach(), *form_of(stored)), coding=coding, group=group)
     assert torch.equal(again.dense(), rounded.dense())
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -185,7 +185,7 @@ def blockwise(stored, x):
 
 def test_low_bit_scales_get_the_gradient_of_what_they_scale(kept):
     stored, _ = kept
-    rounded = to_low_bit(stored, bits=3, group=7)
+    rounded = to_low_bit(stored, coding="int3", group=7)
     assert [name for name, part in rounded.named_parameters() if part.requires_grad] == ["scales"]
     weights = torch.randn(ROWS, COLS)
     (rounded.dense() * weights).sum().backward()
@@ -203,7 +203,7 @@ def test_low_bit_scales_get_the_gradient_of_what_they_scale(kept):
 
 
 def test_low_bit_scales_that_train_compute_what_is_saved(kept):
-    rounded = to_low_bit(kept[0], bits=4, group=5)
+    rounded = to_low_bit(kept[0], coding="int4", group=5)
     with torch.no_grad():
         rounded.scales.mul_(1.0003)  # no 16-bit number now
     state = rounded.state_dict()
@@ -219,7 +219,7 @@ def test_low_bit_scales_that_train_compute_what_is_saved(kept):
 
 
 def test_low_bits_follow_a_cast_and_keep_their_file():
-    rounded = to_low_bit(store(*masked("fixed")), bits=4, group=4)
+    rounded = to_low_bit(store(*masked("fixed")), coding="int4", group=4)
     small = copy.deepcopy(rounded).to(torch.bfloat16)
     assert small.dtype == small.dense().dtype == torch.bfloat16
     assert small.spec == rounded.spec

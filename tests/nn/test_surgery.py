@@ -150,12 +150,12 @@ def test_low_bits_reach_every_matrix_once():
     low_rank(model, "encoder.layer.0.attention.self.query", 4, transposed=True)
     for id_ in ("encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense"):
         before = snn.weights(model)[id_].dense()
-        snn.quantize(model, id_, bits=4, group=16)
+        snn.quantize(model, id_, coding="int4", group=16)
         rounded = snn.weights(model)[id_]
         assert {matrix.coding for matrix in rounded.spec.matrices.values()} == {"int4"}
         assert {matrix.scale_coding for matrix in rounded.spec.matrices.values()} == {"float16"}
         assert (rounded.dense() - before).norm() <= 0.15 * before.norm()
-        snn.quantize(model, id_, bits=2, group=16)  # what is rounded stays as it is
+        snn.quantize(model, id_, coding="int2", group=16)  # what is rounded stays as it is
         assert torch.equal(snn.weights(model)[id_].dense(), rounded.dense())
 
 
@@ -164,19 +164,19 @@ def test_weights_on_the_grid_lose_nothing():
     id_ = "encoder.layer.0.output.dense"
     with torch.no_grad():
         weight = model.bert.encoder.layer[0].output.dense.weight
-        weight.copy_(round_groups(weight, 3, 12, tries=3))
+        weight.copy_(round_groups(weight, "int3", 12, tries=3))
     before = snn.weights(model)[id_].dense().clone()
-    snn.quantize(model, id_, bits=3, group=12)
+    snn.quantize(model, id_, coding="int3", group=12)
     assert torch.equal(snn.weights(model)[id_].dense(), before)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 5}, "bits=5"),
-        ({"bits": 8, "group": 32}, "group=32 does not go with bits=8"),
-        ({"bits": 4}, "group=0"),
-        ({"bits": 4, "group": 32, "dynamic": True}, "dynamic=True"),
+        ({"coding": "float32"}, "coding='float32'"),
+        ({"coding": "int8", "group": 32}, "group=32 does not go with coding='int8'"),
+        ({"coding": "ternary"}, "group=0"),
+        ({"coding": "int4", "group": 32, "dynamic": True}, "dynamic=True"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):

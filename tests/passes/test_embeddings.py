@@ -7,6 +7,7 @@ import torch
 import stackcomp as sc
 from stackcomp import checkpoint, nn
 from stackcomp.core.families import FAMILIES
+from stackcomp.core.spec import packed_bytes
 from stackcomp.metrics.cost import bytes_of_file
 from stackcomp.ops import low_bit
 from tests import toys
@@ -23,10 +24,10 @@ def table_bytes(rows, cols, bits):
     """What the codes and the scales of a table take."""
     if bits == 8:
         return rows * cols, 4 * rows
-    return -(-rows * cols * bits // 8), 2 * rows * -(-cols // GROUP)
+    return packed_bytes(rows * cols, bits), 2 * rows * -(-cols // GROUP)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1.6, 1])
 @pytest.mark.parametrize("family", toys.FAMILIES)
 def test_every_table_is_rounded_stored_exactly_and_reloads(family, bits, tokenizer, tmp_path):
     model = toys.classifier(family)
@@ -43,7 +44,7 @@ def test_every_table_is_rounded_stored_exactly_and_reloads(family, bits, tokeniz
         codes, scales = table_bytes(handle.spec.rows, handle.spec.cols, bits)
         assert (sizes[f"{name}.values"], sizes[f"{name}.scales"]) == (codes, scales)
         assert handle.spec.total_bytes == codes + scales
-        limit = {8: 0.02, 4: 0.2, 3: 0.4, 2: 0.8}[bits]
+        limit = {8: 0.02, 4: 0.2, 3: 0.4, 2: 0.8, 1.6: 0.8, 1: 0.8}[bits]
         error = (handle.dense() - tables[id_]).norm() / tables[id_].norm()
         assert 0 < error < limit
         ids = torch.tensor([[handle.spec.rows - 1, 0], [1, 1]])
@@ -53,7 +54,7 @@ def test_every_table_is_rounded_stored_exactly_and_reloads(family, bits, tokeniz
         assert torch.equal(reloaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1.6, 1])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_a_tied_head_reads_the_rounded_table_which_is_stored_once(family, bits, tokenizer, tmp_path):
     model = toys.language_model(family)
@@ -88,23 +89,23 @@ def test_a_tied_head_whose_inputs_are_rounded_reloads(tokenizer, tmp_path):
         assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", [4, 3, 2, 1.6, 1])
 def test_a_lookup_unpacks_the_rows_it_reads_and_no_others(bits, tokenizer, tmp_path, monkeypatch):
     model = toys.bert_classifier()
     apply(rounding(bits, "embeddings.word_embeddings"), model, tokenizer, tmp_path)
     table = model.get_submodule("bert.embeddings.word_embeddings")
     wanted = table.weight.dense()[[3, 3, 7]]
     taken = []
-    take_bits = low_bit.take_bits
+    take = low_bit.take
 
-    def counted(packed, bits, places):
+    def counted(packed, coding, places):
         taken.append(places.numel())
-        return take_bits(packed, bits, places)
+        return take(packed, coding, places)
 
     def unpacked(*_):
         raise AssertionError("the whole table was unpacked")
 
-    monkeypatch.setattr(low_bit, "take_bits", counted)
-    monkeypatch.setattr(low_bit, "unpack_bits", unpacked)
+    monkeypatch.setattr(low_bit, "take", counted)
+    monkeypatch.setattr(low_bit, "unpack", unpacked)
     assert torch.equal(table(torch.tensor([3, 3, 7])), wanted)
     assert taken == [3 * 16]

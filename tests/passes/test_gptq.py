@@ -58,7 +58,7 @@ def output_errors(model, before, metrics):
 
 
 @pytest.mark.filterwarnings("ignore::stackcomp.core.errors.TooLittleCalibration")
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1.6, 1])
 @pytest.mark.parametrize("first", FIRST, ids=str)
 def test_outputs_change_less_than_by_plain_rounding_in_the_same_form(
     first, bits, tokenizer, tmp_path, tmp_path_factory
@@ -77,7 +77,7 @@ def test_outputs_change_less_than_by_plain_rounding_in_the_same_form(
     assert found.mean() < 0.7 * nearest.mean()
 
 
-@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("bits", [8, 2, 1.6, 1])
 @pytest.mark.parametrize("first", [sc.MagnitudePrune(sparsity=0.6, only=BLOCKS), sc.Wanda(only=BLOCKS)])
 def test_pruned_zeros_stay_zero(first, bits, tokenizer, tmp_path):
     model = toys.bert_classifier()
@@ -89,7 +89,7 @@ def test_pruned_zeros_stay_zero(first, bits, tokenizer, tmp_path):
             assert (handle.dense()[zeros[id_]] == 0).all()
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [8, 3, 1.6])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_decoder_is_rounded_and_reloads(family, bits, tokenizer, tmp_path):
     model = toys.language_model(family)
@@ -119,7 +119,7 @@ def test_scales_weigh_errors_by_what_they_cost_once_others_make_up_for_them(toke
     weight, moment = nn.weights(model)[id_].dense().clone(), moments(model, tokenizer)[id_]
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
     costs = (1 / torch.linalg.inv(damped).diagonal()).expand_as(weight)
-    _, scales = ops.quantize_groups(weight, 2, 8, weights=costs)
+    _, scales = ops.quantize_groups(weight, "int2", 8, weights=costs)
     apply(sc.GPTQ(bits=2, group=8, only=id_), model, tokenizer, tmp_path)
     found = nn.weights(model)[id_].modules[0].matrices["weight"].scales.detach()
     torch.testing.assert_close(found, scales.flatten().float(), rtol=1e-3, atol=1e-4)

@@ -8,13 +8,14 @@ from stackcomp import checkpoint, nn, training
 from stackcomp.core.context import Context, quiet
 from stackcomp.core.contract import legal
 from stackcomp.core.errors import PipelineRefused, SettingError
+from stackcomp.core.spec import ROUNDED
 from stackcomp.manager import plan_of
 from tests import toys
 from tests.passes.test_conformance import apply, manager
 
 BLOCKS = "encoder.layer.*"
 WORDS = "embeddings.word_embeddings"
-WIDTHS = [(8, None), (4, 8), (3, 7), (2, 8)]
+WIDTHS = [(8, None), (4, 8), (3, 7), (2, 8), (1.6, 8), (1, 7)]
 FIRST = [
     None,
     sc.DenseSparse(ratio=1.3, only=BLOCKS),
@@ -55,7 +56,7 @@ def drift(matrices):
 def test_what_runs_in_training_is_what_is_stored(first, bits, group, tokenizer, tmp_path):
     model, ids = begun(first, tokenizer, tmp_path)
     batch = toys.batch(tokenizer)
-    with torch.no_grad(), training.rounded(model, ids, bits=bits, group=group) as matrices:
+    with torch.no_grad(), training.rounded(model, ids, coding=ROUNDED[bits], group=group) as matrices:
         drift(matrices)
         stale = model(**batch).logits
         for matrix in matrices:
@@ -80,7 +81,7 @@ def test_untrained_it_is_plain_rounding(first, bits, group, dtype, tokenizer, tm
     model, ids = begun(first, tokenizer, tmp_path)
     other, _ = begun(first, tokenizer, tmp_path)
     model, other = model.to(dtype), other.to(dtype)
-    with training.rounded(model, ids, bits=bits, group=group):
+    with training.rounded(model, ids, coding=ROUNDED[bits], group=group):
         pass
     apply(plain_rounding(bits, group, (BLOCKS, WORDS)), other, tokenizer, tmp_path)
     assert nn.weights_digest(model) == nn.weights_digest(other)
@@ -91,7 +92,7 @@ def test_untrained_it_is_plain_rounding(first, bits, group, dtype, tokenizer, tm
 def test_the_gradient_passes_straight_through(make, bits, group, tokenizer):
     model, batch = make(), toys.batch(tokenizer)
     id_ = LAYER if make is toys.bert_classifier else "h.1.mlp.c_fc"
-    with training.rounded(model, [id_], bits=bits, group=group) as (matrix,):
+    with training.rounded(model, [id_], coding=ROUNDED[bits], group=group) as (matrix,):
         model(**batch).logits.square().sum().backward()
         found, rounded = matrix.values.grad, matrix.dense().detach()
     plain = make()
@@ -111,7 +112,7 @@ def test_scales_follow_values_that_move(first, bits, group, tokenizer, tmp_path)
     def error():
         return float((matrix.values.flatten() - matrix._flat()).square().sum().detach())
 
-    with training.rounded(model, ids, bits=bits, group=group) as matrices:
+    with training.rounded(model, ids, coding=ROUNDED[bits], group=group) as matrices:
         with torch.no_grad():
             for matrix in matrices:
                 matrix.values *= 1.5
@@ -127,13 +128,23 @@ def test_scales_follow_values_that_move(first, bits, group, tokenizer, tmp_path)
                         matrix.spec.layout,
                         matrix.mask(),
                     ),
-                    axis=matrix._grid.scale_axis,
+                    axis=matrix._form_to_be.scale_axis,
                     dynamic=False,
                 )
                 assert torch.equal(again.scales, steps)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (3, 7)])
+@pytest.mark.parametrize("coding", ["ternary", "binary"])
+def test_scales_follow_values_that_have_all_come_to_round_to_zero(coding):
+    with training.rounded(toys.bert_classifier(), [LAYER], coding=coding, group=8) as (matrix,):
+        with torch.no_grad():
+            matrix.values *= 0.01
+        matrix.refit()
+        error = matrix.values.flatten() - matrix._flat()
+        assert error.norm() < 0.7 * matrix.values.norm()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (3, 7), (1.6, 7), (1, 8)])
 @pytest.mark.parametrize("first", [FIRST[0], FIRST[2], FIRST[4]], ids=str)
 def test_it_trains_and_leaves_the_bytes_of_plain_rounding(first, bits, group, tokenizer, tmp_path):
     sizes = {}
@@ -146,7 +157,7 @@ def test_it_trains_and_leaves_the_bytes_of_plain_rounding(first, bits, group, to
         sizes[step.slug] = checkpoint.components(tmp_path / f"saved-{step.slug}")
         for id_, handle in nn.weights(model).items():
             if id_.startswith("encoder"):
-                assert all(f"int{bits}" in words for words in handle.spec.parts().values())
+                assert all(ROUNDED[bits] in words for words in handle.spec.parts().values())
                 for part, matrix in handle.spec.matrices.items():
                     assert matrix.layout == before[id_].matrices[part].layout
             elif isinstance(step, sc.QuantizationAware) and id_ == "classifier":
@@ -169,13 +180,14 @@ def apply_to(model, step, tokenizer, scratch, progress=None):
     return step.apply(model, context)
 
 
-def test_training_makes_up_for_rounding(tokenizer, tmp_path):
+@pytest.mark.parametrize("bits", [2, 1.6, 1])
+def test_training_makes_up_for_rounding(bits, tokenizer, tmp_path):
     """Its model is nearer to the one that came than the rounded one that was trained no further."""
     batch, wanted = toys.batch(tokenizer), toys.bert_classifier()
     found = {}
     for step in (
-        sc.QuantizationAware(bits=2, group=8, **(QUICK | {"steps": 80, "epochs": 20, "batch_size": 8})),
-        plain_rounding(2, 8, BLOCKS),
+        sc.QuantizationAware(bits=bits, group=8, **(QUICK | {"steps": 80, "epochs": 20, "batch_size": 8})),
+        plain_rounding(bits, 8, BLOCKS),
     ):
         model = toys.bert_classifier()
         apply_to(model, step, tokenizer, tmp_path / step.slug)
@@ -184,7 +196,7 @@ def test_training_makes_up_for_rounding(tokenizer, tmp_path):
     assert found["quantization-aware"] < 0.3 * found["low-bit-weights"]
 
 
-@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("bits", [8, 2, 1.6])
 @pytest.mark.parametrize("stop", [4, 7, 11])
 def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_path):
     step = sc.QuantizationAware(bits=bits, **(QUICK | {"steps": 12}), save_every=3)
@@ -204,7 +216,7 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_pat
 
 def test_a_failure_leaves_stored_weights(tokenizer):
     model = toys.bert_classifier()
-    with pytest.raises(toys.Killed), training.rounded(model, [LAYER], bits=4, group=8):
+    with pytest.raises(toys.Killed), training.rounded(model, [LAYER], coding="int4", group=8):
         raise toys.Killed
     assert not [module for module in model.modules() if isinstance(module, nn.RoundedMatrix)]
     assert nn.weights(model)[LAYER].spec.matrices["weight"].coding == "int4"
@@ -212,7 +224,7 @@ def test_a_failure_leaves_stored_weights(tokenizer):
 
 def test_tied_weights_learn_as_one(tokenizer, tmp_path):
     model = toys.gpt2_lm()
-    with training.rounded(model, ["wte"], bits=4, group=8) as (matrix,):
+    with training.rounded(model, ["wte"], coding="int4", group=8) as (matrix,):
         model(**toys.batch(tokenizer)).logits.sum().backward()
         assert matrix.values.grad is not None
     (words,) = [handle for handle in nn.weights(model).values() if "lm_head" in handle.spec.paths]
