@@ -8,19 +8,13 @@ All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts
 STEPS of distillation, and so does the dense model that techniques are credited against. Of rounded weights these train the scales only.
 """
 
-from minilm import ATTENTION, FEED_FORWARD, LAYERS, model
+from minilm import ATTENTION, FEED_FORWARD, FROZEN, LAYERS, classifier
 
 import stackcomp as sc
 
 STEPS = 150
-FROZEN = "embeddings"
 
-tuned = sc.Entry(
-    key="tuned",
-    model=model(),
-    task=sc.tasks.glue("sst2", max_length=64),
-    pipeline=sc.FineTune(epochs=0.75, learning_rate=1.5e-4, batch_size=64, skip=FROZEN),
-)
+tuned = classifier()
 
 study = sc.combinations(
     name="encoder_stack",

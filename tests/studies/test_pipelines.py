@@ -19,7 +19,7 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setenv("STACKCOMP_MODEL", str(tmp_path / "model"))
     monkeypatch.syspath_prepend(str(PIPELINES))
     monkeypatch.delitem(sys.modules, "minilm", raising=False)
-    yield lambda name: runpy.run_path(str(PIPELINES / f"{name}.py"))["study"]
+    yield lambda name, kind="study": runpy.run_path(str(PIPELINES / f"{name}.py"))[kind]
     sys.modules.pop("minilm", None)
 
 
@@ -41,3 +41,16 @@ def test_every_pipeline_of_the_trained_study_is_distilled_as_long(study):
         assert one.parent is tuned
         assert [item.steps for item in one.passes if item.contract.trains] == [150]
         assert one.passes[-1].name == "Distill"
+
+
+def test_the_search_tries_orders_that_are_legal(study):
+    found = study("smallest_sst2", "search")
+    strongest = [given[-1] if isinstance(given, list) else given for given in found.passes.values()]
+    plan = sc.check(sc.Pipeline(*found.model.passes, *strongest), found.model.model)[-1]
+    assert not any(
+        sc.Fact.FLOAT in part
+        for weight in plan.weights
+        for form in weight.forms
+        for _, part in form
+        if weight.kind == "linear" and "layer" in weight.id
+    )
