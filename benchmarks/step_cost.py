@@ -43,18 +43,20 @@ def factorized_copy(model: Any, seed: int) -> Any:
     return made
 
 
-def metrics(model: Any, inputs: Any, ids: list[str]) -> dict[str, Any]:
-    """The metric of each weight's inputs on the batch, as the pass has it."""
+def starts(model: Any, inputs: Any, ids: list[str]) -> dict[str, Any]:
+    """Where each weight starts: the metric of its inputs on the batch, as the pass has it."""
     import torch
 
-    from stackcomp import nn, ops
+    from stackcomp import data, nn, training
 
     handles, found, hooks = nn.weights(model), {}, []
     for id_ in ids:
 
         def note(_: Any, given: Any, __: Any, id_: str = id_) -> None:
             flat = given[0].flatten(0, -2)
-            found[id_] = ops.whitener(flat.T @ flat / len(flat), damping=1e-3)
+            moment = data.SecondMoment(total=flat.T @ flat, mean=flat.mean(0), count=len(flat))
+            metric, mean = data.input_metric(handles[id_], moment, damping=1e-3)
+            found[id_] = training.Start(metric=metric, mean=mean)
 
         hooks.append(handles[id_].modules[0].register_forward_hook(note))
     with torch.no_grad():
@@ -91,7 +93,7 @@ def measure(model: Any, inputs: Any, *, steps: int, rounds: int, seed: int) -> d
     other = factorized_copy(model, seed)
     chosen = [id_ for id_, handle in nn.weights(other).items() if training.projects(handle)]
     times: list[tuple[float, float, float]] = []
-    with training.straightened(other, metrics(other, inputs, chosen), {}) as latents:
+    with training.straightened(other, starts(other, inputs, chosen)) as latents:
         plain, ours = stepper(model, batch), stepper(other, batch)
 
         def project() -> None:

@@ -226,11 +226,9 @@ class FactorizingPass(Pass):
         for id_, handle in handles.items():
             inputs = outputs = None
             if id_ in moments:
-                moment, mean = moments[id_].average, moments[id_].mean
-                if len(handle.modules) == 1 and getattr(handle.modules[0], "bias", None) is not None:
+                inputs, mean = data.input_metric(handle, moments[id_], damping=self.damping)
+                if mean is not None:
                     means[id_] = mean
-                    moment = moment - torch.outer(mean, mean)
-                inputs = ops.whitener(moment, damping=self.damping)
             if gradients.get(id_) is not None:
                 outputs = ops.whitener(gradients[id_], damping=10 * self.damping)
             weight = handle.dense()

@@ -5,8 +5,8 @@
 All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts from, and its teacher. Pipelines are scored on examples
 carved from the training split; what is chosen is scored once on the 872 of the validation split.
 
-Half of the file are embeddings, so the vocabulary goes first; layers are rounded in training, followed by the teacher's hidden states, which
-also mends what layers that were dropped leave open.
+Half of the file are embeddings, so the vocabulary goes first. Layers are rounded while they learn from the teacher's hidden states, which
+also mends what dropped layers leave open.
 """
 
 from minilm import FROZEN, LAYERS, classifier
@@ -21,7 +21,13 @@ tuned = classifier()
 def rounded(bits: float) -> sc.Pass:
     """The layers in so many bits, learned."""
     return sc.QuantizationAware(
-        bits=bits, group=128, only=(LAYERS, "pooler"), epochs=100, steps=400, learning_rate=2e-4, frozen=FROZEN
+        bits=bits,
+        group=128,
+        only=(LAYERS, "pooler"),
+        epochs=100,
+        steps=400,
+        learning_rate=2e-4,
+        frozen=FROZEN,
     )
 
 

@@ -6,6 +6,7 @@ from .batches import lengths_of as lengths_of
 from .calibration import Calibration as Calibration
 from .calibration import CrossMoment as CrossMoment
 from .calibration import SecondMoment as SecondMoment
+from .calibration import input_metric as input_metric
 from .calibration import input_moments as input_moments
 from .sensitivity import gradient_moments as gradient_moments
 from .sensitivity import input_importance as input_importance

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
-from stackcomp.nn import weights
+from stackcomp.nn import WeightHandle, weights
+from stackcomp.ops import Whitener, whitener
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +33,7 @@ def each(modules: Modules) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondMoment:
-    """Inputs of a layer, in short: total = X X^T (m x m), mean (m), count = tokens. `average`: total / count.
+    """Inputs of a layer, in short: total = X X^T (m x m), mean (m), count = tokens.
 
     Layers that read the very same tensor (query, key and value) share one object.
     """
@@ -45,6 +46,21 @@ class SecondMoment:
     def average(self) -> Tensor:
         """Second moment per token (m x m)."""
         return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Second moment per token of what differs from the mean (m x m)."""
+        return self.average - torch.outer(self.mean, self.mean)
+
+
+def input_metric(
+    handle: WeightHandle, moment: SecondMoment, *, damping: float
+) -> tuple[Whitener, Tensor | None]:
+    """The metric in which errors of a weight count, and the mean input where the layer's bias is to take up the mean of an error: the
+    metric is then that of the inputs less their mean."""
+    if handle.bias is None:
+        return whitener(moment.average, damping=damping), None
+    return whitener(moment.covariance, damping=damping), moment.mean
 
 
 @dataclass(frozen=True, kw_only=True)

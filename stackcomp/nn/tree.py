@@ -48,6 +48,11 @@ class WeightHandle:
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias that can take up the mean of an error of this weight: that of its layer, where there is but one."""
+        return getattr(self.modules[0], "bias", None) if len(self.modules) == 1 else None
+
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor in the shape of `parameter` as output x input features, and back."""
         return tensor.t() if isinstance(self.modules[0], Conv1D) else tensor

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stackcomp import data, nn, ops, training
+from stackcomp import data, nn, training
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
-    from stackcomp.ops.whiten import Whitener
-    from stackcomp.training.straight_through import Latent
+    from stackcomp.training.straight_through import Latent, Start
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -81,9 +80,8 @@ class STF(LearnedForm):
                 "ask DenseSparse for a higher ratio, or use Distill"
             )
         changed: list[float] = []
-        dense = self._dense(context, {id_: handles[id_] for id_ in chosen})
-        metrics = self._metrics(model, context, chosen)
-        with training.straightened(model, metrics, dense) as latents:
+        starts = self._starts(model, context, {id_: handles[id_] for id_ in chosen})
+        with training.straightened(model, starts) as latents:
 
             def project(step: int) -> None:
                 if step and step % self.every == 0:
@@ -114,21 +112,21 @@ class STF(LearnedForm):
             found[id_] = origin.dense().float()
         return found
 
-    def _metrics(
-        self, model: "PreTrainedModel", context: "Context", ids: list[str]
-    ) -> "dict[str, Whitener | None]":
-        """The metric of the inputs of every weight."""
+    def _starts(
+        self, model: "PreTrainedModel", context: "Context", handles: "dict[str, nn.WeightHandle]"
+    ) -> "dict[str, Start]":
+        """Where every weight starts."""
+        dense = self._dense(context, handles)
         if not self.data_aware:
-            return dict.fromkeys(ids)
-        assert context.calibration is not None
-        assert context.tokenizer is not None
-        length = context.task.max_length if context.task is not None else 128
-        texts = context.calibration(self.samples)[: self.samples]
-        text = data.Calibration(texts, context.tokenizer, max_length=length)
-        handles = nn.weights(model)
-        modules = {id_: handles[id_].modules for id_ in ids}
+            return {id_: training.Start(dense=dense.get(id_)) for id_ in handles}
+        text = data.Calibration.of(context, self.samples)
+        modules = {id_: handle.modules for id_, handle in handles.items()}
         moments = text.second_moments(model, modules, progress=context.progress)
-        return {id_: ops.whitener(moment.average, damping=self.damping) for id_, moment in moments.items()}
+        starts: dict[str, Start] = {}
+        for id_, handle in handles.items():
+            metric, mean = data.input_metric(handle, moments[id_], damping=self.damping)
+            starts[id_] = training.Start(metric=metric, mean=mean, dense=dense.get(id_))
+        return starts
 
 
 def _project(latents: "dict[str, Latent]") -> float:

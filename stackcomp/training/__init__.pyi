@@ -8,5 +8,6 @@ from .rounding import rounded as rounded
 from .scores import ScoredMask as ScoredMask
 from .scores import scored as scored
 from .settings import TrainSettings as TrainSettings
+from .straight_through import Start as Start
 from .straight_through import projects as projects
 from .straight_through import straightened as straightened

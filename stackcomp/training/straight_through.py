@@ -6,10 +6,14 @@
 At a projection W' is S D exactly. Until the next one it moves with W, so a step costs what a dense step costs, and what the projection
 leaves out stays in W. That rest is what moves supports. A W that starts as the dense weight that was factorized has it at once; one that
 starts as S D has none, and an atom outside a support must outgrow one inside by gradient steps alone.
+
+A projection is the best one where it counts: in the metric of the layer's inputs, less their mean where a bias can take up what the
+projection does to it.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +30,20 @@ if TYPE_CHECKING:
 WARM_STEPS = 3  # conjugate gradient steps of a projection: the last one is near
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a latent weight starts, beside its factors. metric: of the layer's inputs, plain without one; mean: of these inputs, where
+    the layer's bias takes up the mean of what a projection changes; dense: what W starts as, where that is not S D."""
+
+    metric: Whitener | None = None
+    mean: Tensor | None = None
+    dense: Tensor | None = None
+
+
 class Latent(nn.Module):
-    """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all."""
+    """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all.
+
+    bias: that of the layer, whose own it stays."""
 
     weight: nn.Parameter  # W, n x m
     shift: Tensor
@@ -36,9 +52,11 @@ class Latent(nn.Module):
     mask: Tensor
 
     def __init__(
-        self, factors: DenseSparseFactors, metric: Whitener | None, dense: Tensor | None = None
+        self, factors: DenseSparseFactors, start: Start | None = None, bias: nn.Parameter | None = None
     ) -> None:
         super().__init__()
+        start = start or Start()
+        self._mean, self._bias = start.mean, (bias,)  # in a tuple it is no parameter of this module
         product = factors.product()
         blocks, atoms, _ = factors.basis.shape
         spans, nonzeros = factors.support.shape[1:]
@@ -49,10 +67,10 @@ class Latent(nn.Module):
             blocks=blocks,
             groups=spans // blocks,
             transposed=factors.transposed,
-            inputs=metric,
+            inputs=start.metric,
             start=factors,
         )
-        self.weight = nn.Parameter((product if dense is None else dense).clone())
+        self.weight = nn.Parameter((product if start.dense is None else start.dense).clone())
         self.register_buffer("shift", product - self.weight.detach())
         for name in ("basis", "code", "mask"):
             self.register_buffer(name, getattr(self._factorizer, name).clone())
@@ -64,7 +82,7 @@ class Latent(nn.Module):
     @torch.no_grad()
     def project(self) -> float:
         """Project W anew, from where the last projection ended; returns the share of the support that changed."""
-        factorizer, before = self._factorizer, self.mask.clone()
+        factorizer, before, was = self._factorizer, self.mask.clone(), self()
         for name in ("basis", "code", "mask"):
             setattr(factorizer, name, getattr(self, name).clone())
         factorizer.aim(self.weight.detach())
@@ -72,6 +90,9 @@ class Latent(nn.Module):
         for name in ("basis", "code", "mask"):
             getattr(self, name).copy_(getattr(factorizer, name))
         self.shift.copy_(factorizer.product() - self.weight)
+        (bias,) = self._bias
+        if bias is not None and self._mean is not None:
+            bias += (was - self()) @ self._mean
         return float((before & ~self.mask).sum() / before.sum())
 
     def factors(self) -> DenseSparseFactors:
@@ -107,13 +128,11 @@ def projects(handle: WeightHandle) -> bool:
 
 
 @contextmanager
-def straightened(
-    model: "PreTrainedModel", metrics: Mapping[str, Whitener | None], dense: Mapping[str, Tensor]
-) -> Iterator[dict[str, Latent]]:
-    """Train the dense-sparse weights of which there are `metrics` (of their inputs) through their projections as long as the context
-    lasts; afterwards the model holds the factors of the last projection. dense: what W starts as, where that is not S D."""
-    handles = {id_: handle for id_, handle in weights(model).items() if id_ in metrics}
-    latents = {id_: Latent(_factors(handle), metrics[id_], dense.get(id_)) for id_, handle in handles.items()}
+def straightened(model: "PreTrainedModel", starts: Mapping[str, Start]) -> Iterator[dict[str, Latent]]:
+    """Train the dense-sparse weights of `starts` through their projections as long as the context lasts; afterwards the model holds the
+    factors of the last projection."""
+    handles = {id_: handle for id_, handle in weights(model).items() if id_ in starts}
+    latents = {id_: Latent(_factors(handle), starts[id_], handle.bias) for id_, handle in handles.items()}
     places = [_layers(model, handle.spec) for handle in handles.values()]
     for place, latent in zip(places, latents.values(), strict=True):
         made: dict[int, LatentLinear] = {}

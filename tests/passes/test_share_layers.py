@@ -200,7 +200,7 @@ def test_a_support_is_learned_through_all_layers_that_share_it(tokenizer, tmp_pa
     assert len(paths) == 4
     batch = toys.batch(tokenizer)
     before = model(**batch).logits
-    with training.straightened(model, {id_: None}, {}) as latents:
+    with training.straightened(model, {id_: training.Start()}) as latents:
         modules = [model.get_submodule(f"bert.{path}") for path in paths]
         assert {module.latent for module in modules} == {latents[id_]}
         assert len({module.bias for module in modules}) == 4

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import checkpoint, nn, training
+from stackcomp import checkpoint, nn, ops, training
 from stackcomp.core.context import Context, quiet
 from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingError
 from stackcomp.manager import plan_of
 from stackcomp.ops import Factorizer, dense_sparse
-from stackcomp.training.straight_through import Latent
+from stackcomp.training.straight_through import Latent, Start
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -36,7 +36,7 @@ def factorized(tokenizer, tmp_path):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_projection_is_the_factorizers_and_in_between_the_weight_moves(transposed, blocks):
     factors = dense_sparse(noise(24, 16), atoms=6, nonzeros=2, blocks=blocks, transposed=transposed)
-    latent = Latent(factors, None)
+    latent = Latent(factors)
     torch.testing.assert_close(latent(), factors.product())
     with torch.no_grad():
         latent.weight += 0.1 * noise(24, 16, 1)
@@ -46,7 +46,7 @@ def test_a_projection_is_the_factorizers_and_in_between_the_weight_moves(transpo
 
 
 def test_the_gradient_passes_straight_through():
-    latent = Latent(dense_sparse(noise(24, 16), atoms=6, nonzeros=2), None)
+    latent = Latent(dense_sparse(noise(24, 16), atoms=6, nonzeros=2))
     with torch.no_grad():
         latent.weight += 0.1 * noise(24, 16, 1)
     latent.project()
@@ -57,7 +57,7 @@ def test_the_gradient_passes_straight_through():
 
 def test_the_support_follows_a_weight_that_moves_far_and_stays_when_it_does_not():
     factors = dense_sparse(noise(48, 16), atoms=8, nonzeros=2, sweeps=10)
-    latent = Latent(factors, None)
+    latent = Latent(factors)
     assert latent.project() == 0.0
     with torch.no_grad():
         latent.weight.copy_(noise(48, 16, 9))
@@ -71,12 +71,25 @@ def test_the_support_follows_a_weight_that_moves_far_and_stays_when_it_does_not(
 def test_a_latent_that_starts_dense_moves_the_support_before_anything_has_trained():
     weight = noise(48, 16)
     factors = dense_sparse(weight, atoms=8, nonzeros=2, sweeps=1)
-    latent = Latent(factors, None, weight)
+    latent = Latent(factors, Start(dense=weight))
     torch.testing.assert_close(latent(), factors.product())
     assert torch.equal(latent.weight.detach(), weight)
     before = left_out(latent)
     assert latent.project() > 0.02
     assert left_out(latent) < before
+
+
+def test_the_bias_takes_up_the_mean_of_what_a_projection_changes():
+    weight, inputs = noise(24, 16), noise(500, 16, 1) + 3.0
+    mean, bias = inputs.mean(0), torch.nn.Parameter(torch.zeros(24))
+    metric = ops.whitener((inputs - mean).T @ (inputs - mean) / 500, damping=1e-4)
+    start = Start(metric=metric, mean=mean, dense=weight)
+    latent = Latent(dense_sparse(weight, atoms=6, nonzeros=2, sweeps=1), start, bias)
+    before = (latent() @ mean).detach()
+    latent.project()
+    assert float((latent().detach() @ mean - before).abs().max()) > 0.1
+    torch.testing.assert_close((latent() @ mean + bias).detach(), before, atol=1e-4, rtol=1e-4)
+    assert [name for name, _ in latent.named_parameters()] == ["weight"]
 
 
 def left_out(latent: Latent) -> float:
@@ -170,7 +183,7 @@ def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
 def test_a_failure_leaves_a_model_without_latent_weights(factorized):
     model, ids = factorized
     before = nn.weights_digest(model)
-    with pytest.raises(toys.Killed), training.straightened(model, dict.fromkeys(ids), {}):
+    with pytest.raises(toys.Killed), training.straightened(model, dict.fromkeys(ids, Start())):
         raise toys.Killed
     assert nn.weights_digest(model) == before
 
