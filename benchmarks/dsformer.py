@@ -26,10 +26,9 @@ s = b, where every row needs every direction.
 - **STF**, the Straight-Through Factorizer, keeps training W instead. The model runs on the factorized W, the gradient goes straight
   through to W, and W is factorized anew every few steps: supports are learned for the task, in all layers together.
 
-*Plain* starts are factorized for the least error of the weights themselves, as in the paper. The others are *data-aware*, our own: in the
-metric of the layers' inputs. Both methods are run from both. From a plain start W begins as the dense weight, as the paper has it, and
-supports move at once. From a data-aware start they fit already, letting them move has cost more than it brought in a few hundred steps,
-and W begins as S D: there STF mostly is another way to train S and D. The paper reports, for BERT-base,
+*Plain* starts are factorized for the least error of the weights themselves, as in the paper. The others are *data-aware*, our own: in
+the metric of the layers' inputs. Both methods are run from both, so that what the start gives and what learned supports give can be told
+apart. The paper reports, for BERT-base,
 a loss of about 1 point at 2.8x and up to 40% better compression than low rank. Here the model is a smaller one, and every method
 gets the same steps, batches, teacher and losses. Embeddings, half of the file, are left alone."""
 

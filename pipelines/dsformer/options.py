@@ -20,6 +20,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "every=64": {"every": 64},
     "half the rate": {"learning_rate": STF_RATE / 2},
     "twice the rate": {"learning_rate": STF_RATE * 2},
+    "latent=product": {"latent": "product"},
     "data_aware=False": {"data_aware": False},
     "labels, no teacher": {"distill": False},
     "outputs only": {"hidden": 0.0},

@@ -76,8 +76,8 @@ def factorized(ratio: float, **settings: object) -> sc.Pass:
 
 
 def stf(budget: Budget, **settings: object) -> sc.Pass:
-    """The straight-through steps, as many as every other method gets."""
-    said = {**budget.learning, "learning_rate": STF_RATE, **settings}
+    """The straight-through steps, as many as every other method gets, from the dense weights that were factorized."""
+    said = {**budget.learning, "learning_rate": STF_RATE, "latent": "dense", **settings}
     return sc.STF(**said, only=BLOCKS, frozen=FROZEN)
 
 
@@ -95,7 +95,7 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
         return found
     plain = sc.DenseSparse(ratio=ratio, only=BLOCKS, data_aware=False, spread=1.0, sweeps=12)
     found |= {
-        "STF, plain start": sc.Pipeline(plain, stf(budget, latent="dense")),
+        "STF, plain start": sc.Pipeline(plain, stf(budget)),
         "conventional, plain start": sc.Pipeline(plain, recovery),
     }
     if ratio != 2.8:

@@ -33,10 +33,11 @@ def stacks(budget: Budget) -> Iterator[tuple[str, float, sc.Pipeline]]:
         yield base, 1.0, sc.Pipeline(step, recovery, recovery)
     yield "int8", 1.0, sc.Pipeline(rounding)
     for ratio in RATIOS:
-        dsformer = (factorized(ratio), stf(budget))
-        for base, step in smaller.items():
-            yield f"{base} + DSFormer", ratio, sc.Pipeline(step, recovery, *dsformer)
-        yield "int8 + DSFormer", ratio, sc.Pipeline(*dsformer, rounding)
+        start = factorized(ratio)
+        for base, step in smaller.items():  # the weights were trained since they came
+            learned = stf(budget, latent="product")
+            yield f"{base} + DSFormer", ratio, sc.Pipeline(step, recovery, start, learned)
+        yield "int8 + DSFormer", ratio, sc.Pipeline(start, stf(budget), rounding)
 
 
 def entries() -> Iterator[sc.Entry]:

@@ -32,10 +32,10 @@ class STF(LearnedForm):
     away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
     in the plain one.
-    latent: what W starts as. "product", S D: supports stay nearly as they are, and what is learned is their values and
-    the basis; best after a data-aware DenseSparse, whose supports fit already. "dense", the weight as it came: supports
-    move from the first projection on; best after a plain DenseSparse, and only where the factors were made of that very
-    weight (what an earlier pass has trained is forgotten).
+    latent: what W starts as. "dense", the weight as it came, as in the paper: supports move from the first projection
+    on; give it where the factors were made of that very weight, as what a pass in between has trained is forgotten.
+    "product", S D: safe everywhere, but an atom outside a support must outgrow one inside by gradient steps alone, so
+    supports stay nearly as they are, and values and basis are what is learned.
 
     only, skip: the weights whose support is learned; everything but `frozen` is trained. distill: follow the model as it
     came, with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the
