@@ -48,7 +48,7 @@ class ASVD(WeightedSVDPass):
         have_inputs(weights, "LowRank(data_aware=False)")
 
     def _importance(
-        self, model: "PreTrainedModel", handles: Mapping[str, nn.WeightHandle], context: "Context"
+        self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
     ) -> "Mapping[str, torch.Tensor]":
         text = data.Calibration.of(context, self.samples)
         modules = {id_: handle.modules for id_, handle in handles.items()}

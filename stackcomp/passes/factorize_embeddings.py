@@ -51,7 +51,7 @@ class FactorizeEmbeddings(WeightedSVDPass):
         return tuple(weight.id for weight in plan.weights if words in weight.paths)
 
     def _importance(
-        self, model: "PreTrainedModel", handles: Mapping[str, nn.WeightHandle], context: "Context"
+        self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
     ) -> "Mapping[str, torch.Tensor]":
         import torch
 

@@ -43,7 +43,7 @@ class FWSVD(WeightedSVDPass):
         whole("batch_size", self.batch_size, 1)
 
     def _importance(
-        self, model: "PreTrainedModel", handles: Mapping[str, nn.WeightHandle], context: "Context"
+        self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
     ) -> "Mapping[str, torch.Tensor]":
         assert context.task is not None
         batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="Fisher")
