@@ -164,9 +164,9 @@ def support(model, id_) -> torch.Tensor:
     return nn.weights(model)[id_].modules[0].matrices["coefficients"].mask()
 
 
-@pytest.mark.parametrize("stop", [2, 5, 8])
-def test_a_killed_run_resumes_to_the_same_weights(stop, tokenizer, tmp_path):
-    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2)
+@pytest.mark.parametrize(("stop", "latent"), [(2, "dense"), (5, "product"), (8, "dense")])
+def test_a_killed_run_resumes_to_the_same_weights(stop, latent, tokenizer, tmp_path):
+    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2, latent=latent)
 
     def run(scratch, progress):
         model = toys.bert_classifier()
