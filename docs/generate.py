@@ -147,26 +147,37 @@ def _type(annotation: object) -> str:
     return text.replace("typing.", "").replace(" | ", " or ")
 
 
+PAIRS_STYLE = (
+    "<style>.pairs { border-collapse: collapse; font-size: .62rem } .pairs th, .pairs td { padding: .2em .35em; text-align: center; "
+    "border-bottom: 1px solid var(--md-default-fg-color--lightest) } .pairs th + th { text-align: left }</style>\n"
+)
+
+
 def pairs() -> str:
     """Which pass may follow which, by their contracts, on a plain dense BERT."""
     plan = headers.plain("bert")
     known = {name: cls() for name, cls in registered().items()}
-    cells: list[list[str]] = []
+    numbers = {name: number for number, name in enumerate(known, 1)}
+    lines = ["<th></th><th></th>" + "".join(f"<th>{number}</th>" for number in numbers.values())]
     reasons: dict[tuple[str, str], list[str]] = {}
     for first, before in known.items():
-        line = [f"**{first}**"]
+        cells: list[str] = []
         for second, after in known.items():
-            line.append("yes" if contract.legal([before, after], plan) else "no")
-            if line[-1] == "no":
+            legal = contract.legal([before, after], plan)
+            cells.append(f'<td title="{first}, then {second}">{"yes" if legal else "·"}</td>')
+            if not legal:
                 reasons.setdefault((second, _reason([before, after])), []).append(first)
-        cells.append(line)
+        lines.append(f"<th>{numbers[first]}</th><th>{first}</th>{''.join(cells)}")
     return "\n\n".join(
         [
             "# Pairs",
             "Which pass may follow which on the same weights, each with its default settings: worked out from the "
-            "contracts, on a plain dense BERT. The row runs first. There is no such table in the code. Every pair that "
-            "says yes is run by the tests on a small model.",
-            tables.table(["first \\ then", *known], cells, left=1 + len(known)),
+            "contracts, on a plain dense BERT. The row runs first; columns have the numbers of the rows. There is no "
+            "such table in the code. Every pair that says yes is run by the tests on a small model.",
+            PAIRS_STYLE
+            + '<div style="overflow-x: auto"><table class="pairs">\n'
+            + "\n".join(f"<tr>{line}</tr>" for line in lines)
+            + "\n</table></div>",
             "## Why not",
             "\n".join(
                 f"- **{second}** after {', '.join(firsts)}: {reason}."
