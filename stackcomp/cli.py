@@ -240,7 +240,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.list:
         print(f"{runner.table()}\n{runner.summary()}")
         return 0
-    if options.workers is None and options.ray is None:
+    if options.workers is None and options.ray is None and options.threads is None:
         return 1 if runner.go() else 0
     crew = workers.Crew(
         file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads

@@ -1,6 +1,6 @@
 """The smallest file of MiniLM-L6 on SST-2 that loses at most a point.
 
-    stackcomp search pipelines/studies/smallest_sst2.py            # an hour on a core; stop and go on as you like
+    stackcomp search pipelines/studies/smallest_sst2.py            # stop and go on as you like
 
 All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts from, and its teacher. Pipelines are scored on examples
 carved from the training split; what is chosen is scored once on the 872 of the validation split.

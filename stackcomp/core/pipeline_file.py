@@ -1,4 +1,4 @@
-"""Pipeline files: Python that defines what a command is to run, as `pipeline`, `model`, `task` or `study`."""
+"""Pipeline files: Python that defines what a command is to run, as `pipeline`, `model`, `task`, `study` or `search`."""
 
 import importlib.util
 import sys

@@ -3,6 +3,10 @@ from . import matrix as matrix
 from . import quantizer as quantizer
 from . import surgery as surgery
 from . import tree as tree
+from .keeping import keep_heads as keep_heads
+from .keeping import keep_layers as keep_layers
+from .keeping import keep_neurons as keep_neurons
+from .keeping import keep_words as keep_words
 from .layers import CompressedEmbedding as CompressedEmbedding
 from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear
@@ -12,10 +16,6 @@ from .products import products as products
 from .quantizer import code as code
 from .rounded import RoundedMatrix as RoundedMatrix
 from .surgery import factorize as factorize
-from .surgery import keep_heads as keep_heads
-from .surgery import keep_layers as keep_layers
-from .surgery import keep_neurons as keep_neurons
-from .surgery import keep_words as keep_words
 from .surgery import prune as prune
 from .surgery import quantize as quantize
 from .surgery import rescale as rescale

@@ -273,7 +273,7 @@ def _makes_sense(spec: WeightSpec) -> bool:
 
 def _narrow(model: "PreTrainedModel", heads: int) -> None:
     """Give every layer of a model built from its config alone so many attention heads."""
-    from stackcomp.nn.surgery import keep_heads  # which makes models known to this module
+    from stackcomp.nn.keeping import keep_heads  # which makes models known to this module
 
     paths = {id_: handle.spec.paths for id_, handle in weights(model).items()}
     keep_heads(model, dict.fromkeys(between(*attention_of(paths), paths), range(heads)))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import BadWeights, CheckpointError, UnsupportedModel
-from stackcomp.core.spec import MatrixSpec, WeightSpec
+from stackcomp.core.spec import Dense, MatrixSpec, WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, build
-from stackcomp.nn.matrix import CODINGS, StoredMatrix
+from stackcomp.nn.matrix import CODINGS, StoredMatrix, store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +52,14 @@ class WeightHandle:
     def bias(self) -> nn.Parameter | None:
         """The bias that can take up the mean of an error of this weight: that of its layer, where there is but one."""
         return getattr(self.modules[0], "bias", None) if len(self.modules) == 1 else None
+
+    @property
+    def matrices(self) -> dict[str, StoredMatrix]:
+        """The matrices it is stored as, by part; a plain one is taken as a whole dense matrix."""
+        module = self.modules[0]
+        if isinstance(module, CompressedLayer):
+            return module.matrices
+        return {"weight": store(self.dense(), Dense()).requires_grad_(self.requires_grad)}
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor in the shape of `parameter` as output x input features, and back."""

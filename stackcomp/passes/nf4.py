@@ -26,8 +26,8 @@ class NF4(Pass):
     and embeddings that `only` names. The product is computed in floating point, after a matrix was unpacked. The scales
     stay trainable, the codes do not.
 
-    At the same bytes LowBitWeights leaves a little less squared error of normal values, 0.0082 of their variance against
-    0.0085 in groups of 64: its scales are searched for, and these are the largest magnitudes.
+    At the same bytes LowBitWeights leaves a little less squared error of normal values: its scales are searched for, and
+    these are the largest magnitudes.
 
     Where we differ from the paper: scales have 16 bits and are not rounded a second time, and a group does not reach into
     the next row.

@@ -6,11 +6,11 @@ figures, so that a study knows from its rows alone what is done, and a reader ca
 
 import json
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stackcomp.core import __version__, fingerprint
 from stackcomp.core.errors import ResultsDamaged
@@ -18,7 +18,9 @@ from stackcomp.core.files import locked, write_atomic
 from stackcomp.core.ledger import Ledger
 
 FOLDER = Path("docs/results")
+LOWER_IS_BETTER = ("perplexity",)
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,22 @@ class Rows:
             row["key"] == key and all(row.get(name) == value for name, value in same.items())
             for row in self.read()
         )
+
+
+def direction(metric: str) -> int:
+    """1 where a higher score is better, -1 where a lower one is."""
+    return -1 if metric in LOWER_IS_BETTER else 1
+
+
+def unbeaten(
+    items: Iterable[Item], *, cost: Callable[[Item], float], worth: Callable[[Item], float]
+) -> list[Item]:
+    """The Pareto front: items that no other one equals or beats in both, the cheapest first."""
+    front: list[Item] = []
+    for item in sorted(items, key=lambda item: (cost(item), -worth(item))):
+        if not front or worth(item) > worth(front[-1]):
+            front.append(item)
+    return front
 
 
 def figures(ledger: Ledger, step: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from stackcomp.core.plan import Plan
 from stackcomp.core.settings import whole, within
 from stackcomp.manager import check
 from stackcomp.studies.combinations import THEN, Technique, techniques
-from stackcomp.studies.rows import Row, Rows
+from stackcomp.studies.rows import Row, Rows, direction, unbeaten
 from stackcomp.studies.runner import Runner, say
 from stackcomp.studies.study import Entry, Study, line_of, plan_after
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LEFT_OUT = "-"  # the choice not to use a technique
 POINT = 1.0  # a point beyond what may be lost weighs as much as a factor of two in bytes
+OVER = 1e3  # points that a doubling beyond the size allowed weighs as much as: none is worth it
 BATCH = 8  # proposals between looks at the rows: those of a batch share their steps
 PATIENCE = 50  # proposals in a row that are illegal or known already, after which the space counts as tried
 
@@ -53,7 +54,8 @@ class Search:
     """What is searched for, and how much is spent on it.
 
     name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run. Give one goal:
-    loss, the points that the smallest file may lose against the model as it came; or size_bytes, the largest file for the best score.
+    loss, the points that the smallest file may lose against the model as it came (the rise, where lower is better); or size_bytes, the
+    largest file for the best score.
     pipelines: how many the first rung tries; rungs: the rounds, cheap ones first, the last one in full; keep: the share of the
     pipelines that goes from one rung to the next.
 
@@ -94,16 +96,15 @@ class Search:
         A row that failed costs infinitely much."""
         if "error" in row:
             return inf
-        lost = -row["difference"]
         if self.loss is not None:
-            return log2(row["size_bytes"]) + max(0.0, lost - self.loss) / POINT
+            return log2(row["size_bytes"]) + max(0.0, _lost(row) - self.loss) / POINT
         assert self.size_bytes is not None
-        return lost + 1e3 * max(0.0, log2(row["size_bytes"] / self.size_bytes))
+        return _lost(row) + OVER * max(0.0, log2(row["size_bytes"] / self.size_bytes))
 
     def reaches(self, row: Row) -> bool:
         """Whether a finished row keeps to the goal's bound."""
         if self.loss is not None:
-            return -row["difference"] <= self.loss
+            return _lost(row) <= self.loss
         assert self.size_bytes is not None
         return row["size_bytes"] <= self.size_bytes
 
@@ -157,17 +158,14 @@ def search(
         chosen=chosen,
         searched=searched,
         reached=asked.reaches(searched),
-        front=tuple(front([row for _, row in finished])),
+        front=tuple(
+            unbeaten(
+                [row for _, row in finished],
+                cost=lambda row: row["size_bytes"],
+                worth=lambda row: -_lost(row),
+            )
+        ),
     )
-
-
-def front(rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows that no other one equals or beats in both bytes and score, smallest file first."""
-    best = -inf
-    for row in sorted(rows, key=lambda row: (row["size_bytes"], -row["score"])):
-        if row["score"] > best:
-            best = row["score"]
-            yield row
 
 
 Choice = tuple[Technique, ...]
@@ -276,6 +274,11 @@ class _Walk:
             tokenizer=asked.tokenizer,
             labels={**_labels(choice), "rung": "chosen"},
         )
+
+
+def _lost(row: Row) -> float:
+    """The points that a pipeline lost against the model as it came, in the direction of its metric."""
+    return -direction(row["metric"]) * row["difference"]
 
 
 def _figures(row: Row) -> str:

@@ -104,6 +104,16 @@ def test_what_no_contract_allows_is_not_tried_and_what_fails_costs_too_much(go, 
     assert mine.cost({"error": {}}) == float("inf")
 
 
+def test_a_lower_perplexity_is_no_loss(folder):
+    mine = asked(folder, loss=1.0)
+    better, worse = (
+        {"metric": "perplexity", "difference": change, "size_bytes": 10} for change in (-3.0, 3.0)
+    )
+    assert mine.reaches(better)
+    assert not mine.reaches(worse)
+    assert mine.cost(better) < mine.cost(worse)
+
+
 def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
     found, _ = go(asked(folder, loss=None, size_bytes=10, pipelines=2, rungs=(sc.Rung(),)))
     assert not found.reached

@@ -13,10 +13,8 @@ from statistics import fmean, stdev
 from scipy.special import stdtrit
 
 from stackcomp.core.errors import StudyRefused
-from stackcomp.studies.rows import Row
+from stackcomp.studies.rows import Row, direction
 from stackcomp.studies.study import Skipped
-
-LOWER_IS_BETTER = ("perplexity",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +189,7 @@ class Cells:
     @property
     def sign(self) -> int:
         """1 where a higher score is better, -1 where a lower one is."""
-        return -1 if self.metric in LOWER_IS_BETTER else 1
+        return direction(self.metric)
 
     def misses(self, cell: Cell, floor: float) -> float:
         """By how many points of the metric the cell misses the floor; 0 or less where it reaches it."""

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import exp, inf, prod
+from math import exp, prod
 from typing import Literal
 
 import numpy as np
 
 from stackcomp.studies.analysis.cells import Cell, Cells, Estimate, combined, mean
+from stackcomp.studies.rows import unbeaten
 
 DRAWS = 2000
 Bytes = Literal["file", "encoder"]
@@ -115,15 +116,12 @@ def _sum(terms: Sequence[tuple[float, list[Cell]]], of: Callable[[Cell], Estimat
 
 def pareto(cells: Cells, of: Bytes = "file") -> list[Cell]:
     """The pipelines, and the dense model, that no other one beats in bytes without scoring less; the largest first."""
-    front: list[Cell] = []
-    best = -inf
-    for cell in sorted(
-        [cells.came, *cells.ran], key=lambda cell: (_bytes(cell, of), -cells.sign * cell.score)
-    ):
-        if cells.sign * cell.score > best:
-            best = cells.sign * cell.score
-            front.append(cell)
-    return front[::-1]
+    found = unbeaten(
+        [cells.came, *cells.ran],
+        cost=lambda cell: _bytes(cell, of),
+        worth=lambda cell: cells.sign * cell.score,
+    )
+    return found[::-1]
 
 
 def _bytes(cell: Cell, of: Bytes) -> float:
