@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
     from stackcomp.manager import PassManager, check
+    from stackcomp.size import sizes
     from stackcomp.studies import Entry, Rung, Search, Study, combinations
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "errors",
     "load",
     "parse",
+    "sizes",
     "tasks",
 ]
 
@@ -60,6 +62,10 @@ def __getattr__(name: str) -> Any:
         from stackcomp.manager import check
 
         return check
+    if name == "sizes":
+        from stackcomp.size import sizes
+
+        return sizes
     if name == "load":
         from stackcomp.checkpoint import load
 

@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "file",
         type=Path,
         metavar="FILE.py",
-        help="defines `pipeline`, and may define `model` (a folder or hub name)",
+        help="defines `pipeline`, and may define `model` (a folder or hub name) and `task`",
+    )
+    command.add_argument("--model", metavar="DIR", help="a folder or hub name, in place of the file's model")
+    command.add_argument(
+        "--size", action="store_true", help="foretell the bytes of the weights file after every pass"
     )
     command.set_defaults(command=_check)
 
@@ -163,9 +167,10 @@ def _check(options: argparse.Namespace) -> int:
 
     found = read_file(options.file)
     pipeline = _pipeline(found, options.file)
-    model = found.get("model")
+    model = options.model or found.get("model")
     against = model if isinstance(model, str | Path) else None
     plans = check(pipeline, against)
+    foretold = _foretold(pipeline, against, found.get("task"), options.file) if options.size else []
     weights = len(plans[-1].weights)
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
     for index, step in enumerate(pipeline.flat()):
@@ -173,7 +178,29 @@ def _check(options: argparse.Namespace) -> int:
             "trains the whole model" if not step.contract.selects else _count(step.selected(plans[index]))
         )
         print(f"  {index + 1}. {step}: {chosen}")
+    for line in foretold:
+        print(line)
     return 0
+
+
+def _foretold(pipeline: Pipeline, model: str | Path | None, task: Any, file: Path) -> list[str]:
+    """A line for every size of the file, and for why it is not known to the byte."""
+    if model is None:
+        raise PipelineFileError(
+            f"{file}: --size needs the shapes of a model, and the file names no folder: give --model DIR"
+        )
+    from stackcomp.manager import outline
+    from stackcomp.size import sizes
+
+    told = sizes(pipeline, outline(model, task))
+    lines = ["weights file:"]
+    for size in told:
+        bound = "at most " if size.reasons else ""
+        times = told[0].size_bytes / size.size_bytes
+        lines.append(
+            f"  {size.name or 'as it came':<20} {bound:>8}{size.size_bytes / 1e6:8.2f} MB  {times:5.2f}x  ({size.size_bytes} bytes)"
+        )
+    return lines + [f"  at most, since {reason}" for reason in told[-1].reasons]
 
 
 def _count(ids: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ methods, is shared. Methods that are published without a budget share a simpler 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, whole, within
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,26 @@ class FactorizingPass(Pass):
     @abstractmethod
     def _smallest(self, rows: int, cols: int) -> float:
         """Values of the smallest form of a rows x cols weight, indices counted as parts of a value."""
+
+    @abstractmethod
+    def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
+        """Every way in which a whole weight may be factorized."""
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec,) if self.ratio == 1 else (spec, *self._forms(spec))
+
+    def budget(self, specs: Sequence[WeightSpec]) -> float | None:
+        return None if self.ratio == 1 else sum(map(self.counted, specs)) / self.ratio
+
+    def counted(self, spec: WeightSpec) -> float:
+        return sum(
+            matrix.count * (self.value_bits or matrix.bits) / 8 + matrix.index_bytes
+            for matrix in spec.matrices.values()
+        )
+
+    @property
+    def undetermined(self) -> str:
+        return "" if self.ratio == 1 else "shares one budget out over the weights by their errors"
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         if self.data_aware and self.ratio > 1:
@@ -269,6 +290,10 @@ class WeightedSVDPass(Pass):
             may_leave=True,
             needs=frozenset({self.needs}) if self.ratio > 1 else frozenset(),
         )
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        rank = ops.rank_of_ratio(spec.rows, spec.cols, self.ratio)
+        return (spec.as_product(atoms=rank) if rank and self.ratio > 1 else spec,)
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         largest = max(weight.rows * weight.cols / (weight.rows + weight.cols) for weight in weights)

@@ -207,14 +207,33 @@ def _hush() -> None:
 def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
     """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of
     `task`."""
-    import transformers
+    if checkpoint.is_ours(source):
+        return checkpoint.load(source)
+    return _auto_class(task).from_pretrained(source, **_heads(task))
+
+
+def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
+    """The same model for its names, shapes and dtypes: on the meta device from the config alone, where it is no checkpoint of ours."""
+    import torch
+    from transformers import AutoConfig
 
     if checkpoint.is_ours(source):
         return checkpoint.load(source)
-    if task is None:
-        return transformers.AutoModel.from_pretrained(source)
-    heads = {"num_labels": task.num_labels} if task.num_labels else {}
-    return getattr(transformers, task.auto_class).from_pretrained(source, **heads)
+    config = AutoConfig.from_pretrained(source, **_heads(task))
+    with torch.device("meta"):
+        return _auto_class(task).from_config(config, dtype=config.dtype or torch.float32)
 
 
-__all__ = ["Measuring", "PassManager", "Result", "check", "load_model", "plan_of"]
+def _auto_class(task: "Task | None") -> Any:
+    """The class of `transformers` that gives a model the head of a task."""
+    import transformers
+
+    return getattr(transformers, task.auto_class if task else "AutoModel")
+
+
+def _heads(task: "Task | None") -> dict[str, int]:
+    """What the config of such a model must say."""
+    return {"num_labels": task.num_labels} if task and task.num_labels else {}
+
+
+__all__ = ["Measuring", "PassManager", "Result", "check", "load_model", "outline", "plan_of"]

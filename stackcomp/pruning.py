@@ -16,6 +16,7 @@ from stackcomp.core.families import Part, Stack, between, head_features
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.settings import groups_fit, have_inputs, sparsity_groups, whole, within
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,16 @@ class PruningPass(Pass):
             removes=facts(Fact.DENSE),
         )
 
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        if self.sparsity == 0:
+            return (spec,)
+        return (spec.pruned(self._groups or {part: self._kept(spec, part) for part in spec.matrices}),)
+
+    def _kept(self, spec: WeightSpec, part: str) -> int:
+        """How many entries of a matrix stay, of a sparsity that is a share."""
+        matrix = spec.matrices[part]
+        return max(1, round(matrix.rows * matrix.cols * self._share))
+
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         groups_fit(self.sparsity, weights)
 
@@ -88,6 +99,16 @@ class CalibratedPruningPass(PruningPass):
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         super().examine(weights)
         have_inputs(weights, "MagnitudePrune")
+
+    def _kept(self, spec: WeightSpec, part: str) -> int:
+        matrix = spec.matrices[part]
+        pieces = spec.blocks if part == "basis" else 1
+        n, m = matrix.rows // pieces, matrix.cols
+        return pieces * self._kept_of(*((m, n) if spec.transposed else (n, m)))
+
+    @abstractmethod
+    def _kept_of(self, rows: int, cols: int) -> int:
+        """How many entries of a weight of this shape stay, of a sparsity that is a share."""
 
     @abstractmethod
     def _choose(self, weight: "torch.Tensor", moment: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":

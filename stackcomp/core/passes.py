@@ -15,6 +15,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.selection import Globs, nearest
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,8 @@ class Pass(ABC):
     undivided: ClassVar[str] = (
         ""  # why `only` and `skip` cannot be given, of a pass that chooses its weights itself
     )
+
+    overhead: ClassVar[int] = 0  # bytes by which the file may grow beside its weights
 
     def __new__(cls, *args: Any, **settings: Any) -> "Pass":
         known = [field.name for field in fields(cls)]
@@ -95,6 +98,27 @@ class Pass(ABC):
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         """Refuse, from shapes alone, settings that do not fit the selected weights; called before any weight is read."""
         del weights  # most settings fit every weight
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        """The ways in which a selected weight that is stored as `spec` may be stored afterwards, shapes as they are: as before."""
+        return (spec,)
+
+    def budget(self, specs: "Sequence[WeightSpec]") -> float | None:
+        """The most that the selected weights, stored as `specs` until now, may take together, where a pass keeps to a budget; in the
+        bytes of `counted`."""
+        del specs
+        return None
+
+    def counted(self, spec: WeightSpec) -> float:
+        """The bytes of a weight as the budget counts them."""
+        return spec.total_bytes
+
+    @property
+    def undetermined(self) -> str:
+        """Why the bytes of what this pass leaves are known only when it has run; empty where shapes and settings tell."""
+        changes = self.contract.adds | self.contract.removes or self.contract.becomes
+        silent = type(self).stores is Pass.stores and changes
+        return "does not say how it stores a weight, which is counted as it was" if silent else ""
 
     @abstractmethod
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:

@@ -258,6 +258,20 @@ class WeightSpec:
         return "basis" in self.matrices
 
     @property
+    def plain(self) -> bool:
+        """Whether it is stored as the model came: whole, and in floating point."""
+        return (
+            all(matrix.facts >= {Fact.DENSE, Fact.FLOAT} for matrix in self.matrices.values())
+            and not self.factored
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of a product; 1 of a whole weight."""
+        side = self.rows if self.transposed else self.cols
+        return side // self.matrices["basis"].cols if self.factored else 1
+
+    @property
     def dense_count(self) -> int:
         """Entries of the weight when it is dense."""
         return self.rows * self.cols
@@ -271,6 +285,64 @@ class WeightSpec:
         """The facts of every part."""
         extra = frozenset({Fact.FACTOR}) if self.factored else frozenset[Fact]()
         return {name: matrix.facts | extra for name, matrix in self.matrices.items()}
+
+    def reshaped(self, id_: str, paths: tuple[str, ...], rows: int, cols: int) -> "WeightSpec":
+        """The weight under other names, and with another shape where it is whole."""
+        renamed = replace(self, id=id_, paths=paths, rows=rows, cols=cols)
+        same = (rows, cols) == (self.rows, self.cols)
+        return (
+            renamed
+            if same
+            else renamed.with_matrix("weight", replace(self.matrices["weight"], rows=rows, cols=cols))
+        )
+
+    def as_product(
+        self, *, atoms: int, nonzeros: int | None = None, blocks: int = 1, transposed: bool = False
+    ) -> "WeightSpec":
+        """A weight that is whole as a product of a basis with `atoms` atoms a block and of coefficients, `nonzeros` of them a row and
+        block; all of them where nothing is said."""
+        n, m = (self.cols, self.rows) if transposed else (self.rows, self.cols)
+        coding = self.matrices["weight"].coding
+        kept = atoms if nonzeros is None else nonzeros
+        layout = Fixed(block=atoms, nonzeros=kept) if kept < atoms else Dense()
+        matrices = {
+            "basis": MatrixSpec(rows=blocks * atoms, cols=m // blocks, coding=coding),
+            "coefficients": MatrixSpec(rows=n, cols=blocks * atoms, layout=layout, coding=coding),
+        }
+        return replace(self, matrices=matrices, transposed=transposed)
+
+    def pruned(self, kept: Mapping[str, int] | tuple[int, int]) -> "WeightSpec":
+        """The weight with so many entries of each dense matrix, by part, or n of every m columns of a row."""
+
+        def layout(part: str) -> Layout:
+            return (
+                Fixed(nonzeros=kept[0], block=kept[1])
+                if isinstance(kept, tuple)
+                else Free(nonzeros=kept[part])
+            )
+
+        sparse = {
+            part: replace(matrix, layout=layout(part)) if isinstance(matrix.layout, Dense) else matrix
+            for part, matrix in self.matrices.items()
+        }
+        return replace(self, matrices=sparse)
+
+    def rounded(self, coding: Coding, group: int | None = None, *, dynamic: bool = False) -> "WeightSpec":
+        """The weight with every floating-point matrix as integers; of int8 one scale a row, or a column where its product sums over
+        the rows (both factors of a transposed weight), of fewer bits one for every `group` stored values of a line."""
+
+        def integers(matrix: MatrixSpec) -> MatrixSpec:
+            if matrix.integers:
+                return matrix
+            if coding == "int8":
+                axis = 1 if self.factored and self.transposed else 0
+                return replace(
+                    matrix, coding=coding, scale_axis=axis, scale_coding=matrix.coding, dynamic=dynamic
+                )
+            short: Coding = "bfloat16" if matrix.coding == "bfloat16" else "float16"
+            return replace(matrix, coding=coding, group=group, scale_coding=short)
+
+        return replace(self, matrices={part: integers(matrix) for part, matrix in self.matrices.items()})
 
     def with_matrix(self, name: str, matrix: MatrixSpec) -> "WeightSpec":
         """The same weight with one matrix replaced."""

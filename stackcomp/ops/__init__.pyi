@@ -29,6 +29,7 @@ from .quantize import int8_weight_linear as int8_weight_linear
 from .quantize import quantize_rows as quantize_rows
 from .second_order import Curvature as Curvature
 from .second_order import curvature as curvature
+from .second_order import kept_in_columns as kept_in_columns
 from .second_order import prune_columns as prune_columns
 from .second_order import round_columns as round_columns
 from .supports import pack_fixed as pack_fixed

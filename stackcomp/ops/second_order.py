@@ -98,6 +98,12 @@ def round_columns(
     return sweep(weight, metric, nearest)
 
 
+def kept_in_columns(rows: int, cols: int, share: float) -> int:
+    """How many entries of a rows x cols weight `prune_columns` keeps of a share."""
+    spans = [min(BLOCK, cols - first) for first in range(0, cols, BLOCK)]
+    return sum(max(1, round(rows * span * share)) for span in spans)
+
+
 def prune_columns(
     weight: Float[Tensor, "n m"],
     metric: Curvature,
@@ -121,7 +127,7 @@ def prune_columns(
             kept[reached] = (
                 highest_in_groups(scores.t(), *groups).t()
                 if groups
-                else highest(scores, max(1, round(scores.numel() * share)))
+                else highest(scores, kept_in_columns(scores.shape[1], len(scores), share))
             )
         return values[0] * kept[j]
 

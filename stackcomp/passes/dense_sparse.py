@@ -1,6 +1,6 @@
 """Dense-sparse factorization, after training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -12,6 +12,7 @@ from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import one_of, whole
+from stackcomp.core.spec import WeightSpec
 from stackcomp.layerwise import FactorizingPass, Layer
 
 if TYPE_CHECKING:
@@ -184,44 +185,76 @@ class DenseSparse(FactorizingPass):
             size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
             return [ops.Candidate(size_bytes=size, error=0.0, choice=shape)]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
-        kind = (
-            SQUARE if not form.tall else TIED_ROWS if form.turned and layer.inputs is not None else TALL_ROWS
-        )
         candidates: list[Candidate] = []
+        for tried in self._tried(form, layer.value_bytes):
+            if tried.rank:
+                size = ops.low_rank_bytes(form.rows, form.columns, tried.rank, value_bytes=layer.value_bytes)
+                candidates.append(
+                    ops.Candidate(
+                        size_bytes=size, error=float(errors[tried.rank]), choice={"rank": tried.rank}
+                    )
+                )
+            for shape in tried.shapes:
+                # an error is that of a shape, and gains were measured where values have their own bits
+                alike = tried.ratio if self.value_bits is None else form.ratio(**shape)
+                gain = _interpolated(form.kind.gains, alike)
+                if gain < 1:
+                    stored = ops.dense_sparse_bytes(
+                        form.rows, form.columns, value_bytes=layer.value_bytes, **shape
+                    )
+                    reached = tried.rank if self.value_bits is None else form.rank(alike)
+                    candidates.append(
+                        ops.Candidate(size_bytes=stored, error=gain * float(errors[reached]), choice=shape)
+                    )
+        return candidates
+
+    def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
+        """The ratios at which a weight is priced, and what has about that size."""
         for step in range(STEPS):
             ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
-            size = layer.size_bytes / ratio
-            rank = int(size / layer.value_bytes / (form.rows + form.columns))
-            candidates.append(
-                ops.Candidate(
-                    size_bytes=ops.low_rank_bytes(
-                        form.rows, form.columns, rank, value_bytes=layer.value_bytes
-                    ),
-                    error=float(errors[rank]),
-                    choice={"rank": rank},
-                )
+            of_values = form.rows * form.columns / ratio  # what the bytes would hold, were all of them values
+            share = min(HIGHEST_SHARE, form.kind.share / ratio)
+            found = ops.shapes_of_size(
+                form.rows,
+                form.columns,
+                size_bytes=of_values * value_bytes,
+                shares=(share,),
+                blocks=form.blocks,
+                value_bytes=value_bytes,
             )
-            shape = {"blocks": form.blocks, "value_bytes": layer.value_bytes}
-            of_values = (
-                size / layer.value_bytes / layer.weight.numel()
-            )  # what the bytes would hold, were all of them values
-            share = min(HIGHEST_SHARE, kind.share * of_values)
-            for atoms, nonzeros in ops.shapes_of_size(
-                form.rows, form.columns, size_bytes=size, shares=(share,), **shape
-            ):
-                choice = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
-                # an error is that of a shape, and gains were measured where values have their own bits
-                alike = ratio if self.value_bits is None else form.ratio(**choice)
-                gain = _interpolated(kind.gains, alike)
-                if 1 < nonzeros < atoms and gain < 1:
-                    stored = ops.dense_sparse_bytes(
-                        form.rows, form.columns, atoms=atoms, nonzeros=nonzeros, **shape
-                    )
-                    reached = rank if self.value_bits is None else form.rank(alike)
-                    candidates.append(
-                        ops.Candidate(size_bytes=stored, error=gain * float(errors[reached]), choice=choice)
-                    )
-        return [candidate for candidate in candidates if candidate.choice.get("rank") != 0]
+            yield _Tried(
+                ratio=ratio,
+                rank=int(of_values / (form.rows + form.columns)),
+                shapes=[
+                    {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
+                    for atoms, nonzeros in found
+                    if 1 < nonzeros < atoms
+                ],
+            )
+
+    def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
+        form = self._form(spec.rows, spec.cols)
+        for tried in self._tried(form, (self.value_bits or spec.matrices["weight"].bits) / 8):
+            if tried.rank:
+                yield spec.as_product(atoms=tried.rank)
+            for shape in tried.shapes:
+                yield spec.as_product(**shape, transposed=form.turned)
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        if self.atoms is None:
+            return super().stores(spec)
+        form = self._form(spec.rows, spec.cols)
+        asked = spec.as_product(
+            atoms=self.atoms, nonzeros=self.nonzeros, blocks=form.blocks, transposed=form.turned
+        )
+        return (asked if self.counted(asked) < self.counted(spec) else spec,)
+
+    def budget(self, specs: Sequence[WeightSpec]) -> float | None:
+        return None if self.atoms else super().budget(specs)
+
+    @property
+    def undetermined(self) -> str:
+        return "" if self.atoms else super().undetermined
 
     def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
         low_rank = "rank" in choice
@@ -243,19 +276,19 @@ class DenseSparse(FactorizingPass):
         long, wide = (cols, rows) if turned else (rows, cols)
         tall = long >= TALL * wide
         automatic = SQUARE_BLOCKS if not tall and wide % SQUARE_BLOCKS == 0 else 1
-        return _Form(rows=long, columns=wide, turned=turned, tall=tall, blocks=self.blocks or automatic)
+        kind = SQUARE if not tall else TIED_ROWS if turned and self.data_aware else TALL_ROWS
+        return _Form(rows=long, columns=wide, turned=turned, blocks=self.blocks or automatic, kind=kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """The factorized matrix: the weight, or its transpose when `turned`; `tall` when its rows are many for
-    its columns."""
+    """The factorized matrix: the weight, or its transpose when `turned`."""
 
     rows: int
     columns: int
     turned: bool
-    tall: bool
     blocks: int
+    kind: _Kind
 
     def ratio(self, **shape: int) -> float:
         """Dense bytes over those of dense-sparse factors of this shape, in float32."""
@@ -264,6 +297,15 @@ class _Form:
     def rank(self, ratio: float) -> int:
         """The rank at which low rank has this ratio."""
         return int(self.rows * self.columns / ratio / (self.rows + self.columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """A ratio of one layer, the rank that has it (0: none), and the dense-sparse shapes that do."""
+
+    ratio: float
+    rank: int
+    shapes: list[dict[str, int]]
 
 
 def _interpolated(gains: tuple[tuple[float, float], ...], ratio: float) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn
+from stackcomp.core import coding
 from stackcomp.core.contract import Contract
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan
@@ -29,6 +30,9 @@ class EntropyCode(Pass):
 
     paper: ClassVar[str] = "Han et al., Deep Compression, arXiv:1510.00149"
     undivided: ClassVar[str] = "codes the whole file"
+    overhead: ClassVar[int] = (
+        coding.ENTRY_BYTES
+    )  # of the list of what is coded; each entry of it saves more than it takes
 
     @property
     def contract(self) -> Contract:
@@ -36,6 +40,10 @@ class EntropyCode(Pass):
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
         return tuple(weight.id for weight in plan.weights)
+
+    @property
+    def undetermined(self) -> str:
+        return "codes values by how often they occur"
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         del context  # what is coded is the file

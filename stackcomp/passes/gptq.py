@@ -10,7 +10,7 @@ from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, rounding, whole, within
-from stackcomp.core.spec import ROUNDED
+from stackcomp.core.spec import ROUNDED, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +65,9 @@ class GPTQ(Pass):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         have_inputs(weights, "LowBitWeights or Int8Weights")
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.rounded(*rounding(self.bits, self.group)),)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         coding, group = rounding(self.bits, self.group)

@@ -7,6 +7,7 @@ from stackcomp import nn
 from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,9 @@ class Int8Dynamic(Pass):
             adds=facts(Fact.INT8, Fact.DYNAMIC),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
         )
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.rounded("int8", dynamic=True),)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         for id_ in context.progress(context.targets, label="rounding"):

@@ -8,7 +8,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.settings import one_of, whole
-from stackcomp.core.spec import ROUNDED
+from stackcomp.core.spec import ROUNDED, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +52,9 @@ class LowBitWeights(Pass):
             adds=facts(Fact(ROUNDED[self.bits])),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
         )
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.rounded(ROUNDED[self.bits], self.group),)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         for id_ in context.progress(context.targets, label="rounding"):

@@ -1,12 +1,13 @@
 """Low-rank factorization by truncated singular values."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import ops
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.spec import WeightSpec
 from stackcomp.layerwise import FACTOR, FactorizingPass, Layer
 
 if TYPE_CHECKING:
@@ -47,33 +48,39 @@ class LowRank(FactorizingPass):
     def _smallest(self, rows: int, cols: int) -> float:
         return rows + cols
 
+    def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
+        for rank in self._ranks(spec.rows, spec.cols):
+            yield spec.as_product(atoms=rank)
+
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
         return {
-            id_: _priced(layer, None if self.spread == 1.0 else RANKS)
+            id_: self._priced(layer)
             for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
         }
+
+    def _priced(self, layer: Layer) -> "list[Candidate]":
+        """The layer at every rank that is tried."""
+        rows, cols = layer.weight.shape
+        errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
+        return [
+            ops.Candidate(
+                size_bytes=ops.low_rank_bytes(rows, cols, rank, value_bytes=layer.value_bytes),
+                error=float(errors[rank]),
+                choice={"rank": rank},
+            )
+            for rank in self._ranks(rows, cols)
+        ]
+
+    def _ranks(self, rows: int, cols: int) -> list[int]:
+        """Ranks up to where a weight is no smaller than dense: all of them where every layer is to keep the ratio, else some."""
+        highest = rows * cols // (rows + cols)
+        steps = highest if self.spread == 1.0 else RANKS
+        return sorted(
+            {max(1, round(highest * step / steps)) for step in range(1, steps + 1)} if highest else ()
+        )
 
     def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
         rank = choice["rank"]
         return ops.dense_sparse(
             layer.weight, atoms=rank, nonzeros=rank, inputs=layer.inputs, outputs=layer.outputs
         )
-
-
-def _priced(layer: Layer, count: int | None) -> "list[Candidate]":
-    """The layer at `count` ranks up to where it is no smaller than dense, or at each of them."""
-    rows, cols = layer.weight.shape
-    errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
-    highest = rows * cols // (rows + cols)
-    steps = count or highest
-    ranks = sorted(
-        {max(1, round(highest * step / steps)) for step in range(1, steps + 1)} if highest else set()
-    )
-    return [
-        ops.Candidate(
-            size_bytes=ops.low_rank_bytes(rows, cols, rank, value_bytes=layer.value_bytes),
-            error=float(errors[rank]),
-            choice={"rank": rank},
-        )
-        for rank in ranks
-    ]

@@ -11,6 +11,7 @@ from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import groups_fit, one_of, sparsity_groups, within
+from stackcomp.core.spec import WeightSpec
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from stackcomp.core.context import Context
     from stackcomp.training.scores import ScoredMask
+
+ROUNDING = 64  # values a weight, by which sizes foretold for even shares make up for bytes and groups that are not full
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -86,6 +89,21 @@ class MovementPrune(LearnedForm):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         groups_fit(self.sparsity, weights)
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        if self.epochs == 0:
+            return (spec,)
+        if self._groups:
+            return (spec.pruned(self._groups),)
+        kept = max(1, round(spec.dense_count * (1 - float(self.sparsity))))
+        more = ROUNDING if self.scope == "global" else 0
+        return (spec.pruned({"weight": min(spec.dense_count, kept + more)}),)
+
+    @property
+    def undetermined(self) -> str:
+        if self.epochs == 0 or self.scope == "layer":
+            return ""
+        return "shares what is kept out over the weights by their scores"
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:

@@ -8,6 +8,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.settings import whole
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +47,9 @@ class NF4(Pass):
         return Contract(
             requires=facts(Fact.FLOAT), adds=facts(Fact.NF4), removes=facts(Fact.FLOAT, Fact.TRAINABLE)
         )
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.rounded("nf4", self.group),)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         for id_ in context.progress(context.targets, label="rounding"):

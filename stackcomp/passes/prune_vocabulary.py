@@ -54,6 +54,10 @@ class PruneVocabulary(Pass):
         found = {*vocabulary(path for weight in plan.weights for path in weight.paths)}
         return tuple(weight.id for weight in plan.weights if found & {*weight.paths})
 
+    @property
+    def undetermined(self) -> str:
+        return "keeps the word pieces that the text uses: all are counted"
+
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         assert context.calibration is not None
         assert context.tokenizer is not None

@@ -8,7 +8,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.settings import rounding, whole
-from stackcomp.core.spec import ROUNDED
+from stackcomp.core.spec import ROUNDED, WeightSpec
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class QuantizationAware(LearnedForm):
             trains=True,
             needs=self._needs,
         )
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.rounded(*rounding(self.bits, self.group)) if self.epochs else spec,)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:

@@ -36,6 +36,9 @@ class SparseGPT(CalibratedPruningPass):
         super().__post_init__()
         within("damping", self.damping, 0.0, 1.0, above=True)
 
+    def _kept_of(self, rows: int, cols: int) -> int:
+        return ops.kept_in_columns(rows, cols, self._share)
+
     def _choose(self, weight: "torch.Tensor", moment: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
         metric = ops.curvature(moment, damping=self.damping)
         if self._groups:

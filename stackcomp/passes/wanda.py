@@ -24,7 +24,10 @@ class Wanda(CalibratedPruningPass):
 
     paper: ClassVar[str] = "Sun et al., Wanda, arXiv:2306.11695"
 
+    def _kept_of(self, rows: int, cols: int) -> int:
+        return rows * max(1, round(self._share * cols))
+
     def _choose(self, weight: "torch.Tensor", moment: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
         cols = weight.shape[1]
-        kept, group = self._groups or (max(1, round(self._share * cols)), cols)
+        kept, group = self._groups or (self._kept_of(1, cols), cols)
         return weight, ops.highest_in_groups(weight.abs() * moment.diagonal().sqrt(), kept, group)
