@@ -82,7 +82,8 @@ def _file(name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _imports(text: str, top: str) -> list[str]:
+@cache
+def _imports(text: str, top: str) -> tuple[str, ...]:
     """Modules of package `top` that `text` imports, inside functions too."""
     found: list[str] = []
     for node in ast.walk(ast.parse(text)):
@@ -90,4 +91,4 @@ def _imports(text: str, top: str) -> list[str]:
             found += [item.name for item in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found += [node.module, *(f"{node.module}.{item.name}" for item in node.names)]
-    return [name for name in found if name.startswith(f"{top}.")]
+    return tuple(name for name in found if name.startswith(f"{top}."))

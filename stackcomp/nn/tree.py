@@ -136,6 +136,12 @@ def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, Store
     """Replace the modules at `spec.paths` by compressed layers over `matrices`; paths that the model lacks
     are passed over.
     """
+    _place(model, spec, matrices)
+    _untie(model)
+
+
+def _place(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, StoredMatrix]) -> None:
+    """The same, without a look at what `transformers` ties."""
     names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
     layers: dict[int, CompressedLayer] = {}  # by the module replaced: one module under two names stays one
     for name in names:
@@ -146,7 +152,6 @@ def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, Store
             layers[id(replaced)] = build(spec, replaced, matrices, owner=not layers)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layers[id(replaced)])
-    _untie(model)
 
 
 def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
@@ -168,11 +173,12 @@ def install(model: "PreTrainedModel", specs: Iterable[WeightSpec]) -> None:
                     f"{path}: {type(found).__name__} of shape {shape} in the model, a weight of {spec.rows} x {spec.cols} in its "
                     "config.json: load it with the class and settings it was saved with"
                 )
-        put(
+        _place(
             model,
             spec,
             {part: StoredMatrix(matrix, dtype=model.dtype) for part, matrix in spec.matrices.items()},
         )
+    _untie(model)
 
 
 def _untie(model: "PreTrainedModel") -> None:
