@@ -34,8 +34,8 @@ class SparseLowRank(Pass):
     training. All three are stored, S beside a bitmap (1 bit an entry), and a layer computes x S^T + (x R^T) L^T.
 
     ratio: dense bytes / stored bytes of each layer, the bitmap counted, at least 1, where 1 does nothing; rank_ratio: share of the kept
-    values that are in L and R, in [0.01, 0.99]: r is rounded down, and S keeps what is left. A layer for which r would be 0 is left
-    dense. iterations: how often each of the two follows the other, at least 1; samples: calibration texts.
+    values that are in L and R, 0 to 1: r is rounded down, at least 1, and S keeps what is left, at least one entry. A layer of which
+    the ratio leaves less is left dense. iterations: how often each of the two follows the other, at least 1; samples: calibration texts.
 
     Later passes reach the three matrices as they do others: values can be rounded, and trained with the support left alone.
 
@@ -55,7 +55,7 @@ class SparseLowRank(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         within("ratio", self.ratio, 1.0, 10_000.0)
-        within("rank_ratio", self.rank_ratio, 0.01, 0.99)
+        within("rank_ratio", self.rank_ratio, 0.0, 1.0)
         whole("iterations", self.iterations, 1)
         whole("samples", self.samples, 1)
 
@@ -86,7 +86,7 @@ class SparseLowRank(Pass):
         findings: dict[str, str] = {}
         for id_, handle in context.progress(handles.items(), label="factorizing", total=len(handles)):
             rank, nonzeros = self._counts(*shapes[id_])
-            if not (rank and nonzeros):
+            if not rank:
                 findings[id_] = "left dense: too small to gain"
                 continue
             weight = handle.dense().float()
@@ -103,20 +103,18 @@ class SparseLowRank(Pass):
 
     def _examine_ratio(self, shapes: "Iterable[tuple[int, int, float]]") -> None:
         """Refuse a ratio that leaves none of the weights, given by rows, columns and bits of a value, a rank."""
-        largest = [
-            rows * cols / (_bitmap(rows, cols, bits) + (rows + cols) / self.rank_ratio)
-            for rows, cols, bits in shapes
-        ]
+        largest = [rows * cols / (_bitmap(rows, cols, bits) + rows + cols + 1) for rows, cols, bits in shapes]
         if self.ratio > max(1.0, *largest):
             raise UnreachableRatio(
                 f"{self.name}: ratio={self.ratio:g} leaves no rank to any of these {len(largest)} weights: the largest is "
-                f"{max(largest):.2f}; give less, or a larger rank_ratio than {self.rank_ratio:g}"
+                f"{max(largest):.2f}"
             )
 
     def _counts(self, rows: int, cols: int, bits: float) -> tuple[int, int]:
-        """The rank, and how many entries S keeps."""
-        values = rows * cols / self.ratio - _bitmap(rows, cols, bits)
-        rank = max(0, int(self.rank_ratio * values / (rows + cols)))
+        """The rank, 0 where not even 1 leaves S an entry, and how many entries S keeps."""
+        values = max(1.0, rows * cols / self.ratio - _bitmap(rows, cols, bits))
+        most = int((values - 1) / (rows + cols))
+        rank = min(most, max(1, int(self.rank_ratio * values / (rows + cols))))
         return rank, int(values - rank * (rows + cols))
 
 
