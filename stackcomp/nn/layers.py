@@ -20,7 +20,7 @@ from stackcomp.nn.matrix import StoredMatrix
 
 
 class CompressedLayer(nn.Module, ABC):
-    """What the compressed layers share: matrices `weight`, `basis` and `coefficients`, or all three, as submodules.
+    """What the compressed layers share: matrices `weight`, or `basis` and `coefficients`, or all three, as submodules.
 
     A layer that is not the `owner` of its matrices uses those of another (tied weights): it does not register
     them, so that a state dict holds every tensor once.
