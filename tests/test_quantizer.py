@@ -25,6 +25,7 @@ def compress(model):
         lambda id_: (low_rank(model, id_, 5, transposed=True), nn.quantize(model, id_, dynamic=True)),
         lambda id_: dense_sparse(model, id_, transposed=False),
         lambda id_: (dense_sparse(model, id_, transposed=True), nn.quantize(model, id_, dynamic=False)),
+        lambda id_: split(model, id_),
     ]
     for place, id_ in enumerate(linear_ids(model)):
         forms[place % len(forms)](id_)
@@ -48,6 +49,17 @@ def dense_sparse(model, id_, transposed):
         support=support,
         transposed=transposed,
     )
+
+
+def split(model, id_):
+    weight = nn.weights(model)[id_].dense()
+    basis, coefficients = torch.ones(2, weight.shape[1]) / 8, torch.ones(len(weight), 2) / 8
+    nn.split(model, id_, rest=weight, kept=weight > 0, basis=basis, coefficients=coefficients)
+
+
+def a_sum(ours):
+    """The matrices of a sum in a description."""
+    return next(weight["matrices"] for weight in ours["weights"].values() if len(weight["matrices"]) == 3)
 
 
 @pytest.fixture
@@ -202,6 +214,10 @@ def test_a_newer_format_is_refused(saved):
         lambda ours: ours["weights"]["classifier"].pop("shape"),
         lambda ours: ours["weights"]["classifier"].update(shape=[3, 16]),
         lambda ours: ours["weights"]["classifier"]["matrices"].clear(),
+        lambda ours: a_sum(ours).pop("basis"),
+        lambda ours: a_sum(ours)["weight"].update(cols=17),
+        lambda ours: a_sum(ours)["basis"].update(cols=17),
+        lambda ours: a_sum(ours)["coefficients"].update(cols=17),
     ],
 )
 def test_a_damaged_description_is_refused(saved, change):

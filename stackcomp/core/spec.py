@@ -1,12 +1,13 @@
 """How one weight is stored: plain values that describe layers without importing torch.
 
-A logical weight W (`rows` x `cols`, output features x input features) is stored as one or two *matrices*:
+A logical weight W (`rows` x `cols`, output features x input features) is stored as one, two or three *matrices*:
 
 - whole: one matrix `weight`, the layer computes `x W^T`;
 - factored: `W = S D` block by block of input columns (`transposed=False`), or `W^T = S D`
   (`transposed=True`): matrices `coefficients` (S, n x blocks*b) and `basis` (D, blocks*b x g), b atoms and g
   columns a block. Low rank is one block whose coefficients are dense; dense-sparse has coefficients with a
-  `Fixed` support.
+  `Fixed` support;
+- a sum: all three matrices, W = `weight` + S D (`transposed`: that of the product). Sparse plus low rank is one.
 
 Each matrix has a layout (which entries are stored) and a coding (how a value is stored). Layout and coding
 are independent: that is what lets passes stack. These specs are what config.json carries, what facts are read
@@ -236,6 +237,13 @@ class MatrixSpec:
         return frozenset(words | ({Fact.DYNAMIC} if self.dynamic else set()))
 
 
+FORMS = (
+    {"weight"},
+    {"basis", "coefficients"},
+    {"weight", "basis", "coefficients"},
+)  # parts that make a weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
     """One compressed logical weight: its kind, its matrices and every module path that uses it.
@@ -254,7 +262,7 @@ class WeightSpec:
 
     @property
     def factored(self) -> bool:
-        """Whether the weight is a product of two matrices."""
+        """Whether the weight is a product of two matrices, or such a product plus a third."""
         return "basis" in self.matrices
 
     @property
@@ -283,8 +291,10 @@ class WeightSpec:
 
     def parts(self) -> "dict[str, Facts]":
         """The facts of every part."""
-        extra = frozenset({Fact.FACTOR}) if self.factored else frozenset[Fact]()
-        return {name: matrix.facts | extra for name, matrix in self.matrices.items()}
+        return {
+            name: matrix.facts if name == "weight" else matrix.facts | {Fact.FACTOR}
+            for name, matrix in self.matrices.items()
+        }
 
     def reshaped(self, id_: str, paths: tuple[str, ...], rows: int, cols: int) -> "WeightSpec":
         """The weight under other names, and with another shape where it is whole."""

@@ -190,8 +190,10 @@ def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[in
     if not isinstance(handle.modules[0], CompressedLayer):
         _swap(model, handle.parameter, handle.oriented(handle.dense()[rows]))
         return
-    part = "coefficients" if handle.spec.factored else "weight"
-    matrices = handle.matrices | {part: take_rows(handle.matrices[part], rows)}
+    matrices = {
+        part: matrix if part == "basis" else take_rows(matrix, rows)
+        for part, matrix in handle.matrices.items()
+    }
     shorter = replace(handle, spec=replace(handle.spec, rows=len(kept)))
     store_as(model, shorter, matrices, transposed=False)
 

@@ -1,9 +1,10 @@
-"""Compressed layers: an affine map and an embedding whose weight W is stored whole or as two factors.
+"""Compressed layers: an affine map and an embedding whose weight W is stored whole, as two factors, or as a sum of both.
 
 Letters: W is `rows` x `cols`, output x input features, also where the layer replaced keeps it transposed
 (GPT-2's `Conv1D`). Factored, `W = S D` block by block of columns: S_k (n x b), D_k (b x g), W[:, block k] =
 S_k D_k; `coefficients` are the S_k side by side (n x blocks*b), `basis` the D_k below each other (blocks*b x
-g). `transposed`: the same of W^T, so n is the input side. t is tokens.
+g). `transposed`: the same of W^T, so n is the input side. A sum is W = M + S D, M the matrix `weight`. t is
+tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -14,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stackcomp.core.spec import MatrixSpec, WeightSpec
+from stackcomp.core.spec import FORMS, MatrixSpec, WeightSpec
 from stackcomp.nn.matrix import StoredMatrix
 
 
 class CompressedLayer(nn.Module, ABC):
-    """What the compressed layers share: matrices `weight`, or `basis` and `coefficients`, as submodules.
+    """What the compressed layers share: matrices `weight`, or `basis` and `coefficients`, or all three, as submodules.
 
     A layer that is not the `owner` of its matrices uses those of another (tied weights): it does not register
     them, so that a state dict holds every tensor once.
@@ -27,8 +28,10 @@ class CompressedLayer(nn.Module, ABC):
 
     def __init__(self, matrices: Mapping[str, StoredMatrix], *, transposed: bool, owner: bool) -> None:
         super().__init__()
-        if set(matrices) not in ({"weight"}, {"basis", "coefficients"}):
-            raise ValueError(f"matrices {sorted(matrices)}: give weight, or basis and coefficients")
+        if set(matrices) not in FORMS:
+            raise ValueError(
+                f"matrices {sorted(matrices)}: give weight, or basis and coefficients, or all three"
+            )
         self.transposed = transposed
         self.owner = owner
         self._borrowed = {} if owner else dict(matrices)
@@ -42,7 +45,7 @@ class CompressedLayer(nn.Module, ABC):
         """
         if name != "weight" or not self.matrices:
             return super().__getattr__(name)
-        if not self.factored:
+        if "weight" in self.matrices:
             return self.matrices["weight"]
         weight = self.dense().detach()
         # transformers would fill a fresh tensor with random numbers, in vain
@@ -61,8 +64,13 @@ class CompressedLayer(nn.Module, ABC):
 
     @property
     def factored(self) -> bool:
-        """Whether W is a product."""
+        """Whether W is a product, or a product plus a matrix."""
         return "basis" in self.matrices
+
+    @property
+    def summed(self) -> bool:
+        """Whether W is a product plus a matrix."""
+        return self.factored and "weight" in self.matrices
 
     @property
     def blocks(self) -> int:
@@ -93,12 +101,14 @@ class CompressedLayer(nn.Module, ABC):
         coefficients = self.matrices["coefficients"].dense().unflatten(1, (self.blocks, -1))
         basis = self.matrices["basis"].dense().unflatten(0, (self.blocks, -1))
         product = torch.bmm(coefficients.transpose(0, 1), basis).transpose(0, 1).flatten(1)
-        return product.t() if self.transposed else product
+        product = product.t() if self.transposed else product
+        return product + self.matrices["weight"].dense() if self.summed else product
 
     def extra_repr(self) -> str:
         form = ""
         if self.factored:
             form = f", {'transposed ' if self.transposed else ''}factors in {self.blocks} block{'s' * (self.blocks > 1)}"
+            form += " beside a matrix" * self.summed
         return f"{self.cols} -> {self.rows}{form}{'' if self.owner else ', shared'}"
 
 
@@ -141,8 +151,10 @@ class CompressedLinear(CompressedLayer):
         if self._composes(x):
             return torch.nn.functional.linear(x, self.dense().to(x.dtype))
         if self.transposed:
-            return matrices["basis"].combine(matrices["coefficients"].combine(x).to(x.dtype), self.blocks)
-        return matrices["coefficients"].project(matrices["basis"].project(x, self.blocks).to(x.dtype))
+            y = matrices["basis"].combine(matrices["coefficients"].combine(x).to(x.dtype), self.blocks)
+        else:
+            y = matrices["coefficients"].project(matrices["basis"].project(x, self.blocks).to(x.dtype))
+        return y + matrices["weight"].project(x) if self.summed else y
 
     def _composes(self, x: Tensor) -> bool:
         """Whether composing W first takes fewer multiplications than going through the factors: a function of
@@ -152,8 +164,9 @@ class CompressedLinear(CompressedLayer):
             return False
         tokens = x.numel() // x.shape[-1]
         n, atoms = self.matrices["coefficients"].shape
-        through = tokens * (atoms * self.matrices["basis"].shape[1] + n * atoms)
-        whole = tokens * self.rows * self.cols + n * atoms * self.matrices["basis"].shape[1]
+        dense = tokens * self.rows * self.cols
+        through = tokens * (atoms * self.matrices["basis"].shape[1] + n * atoms) + dense * self.summed
+        whole = dense + n * atoms * self.matrices["basis"].shape[1]
         return whole < through
 
 
@@ -189,7 +202,8 @@ class CompressedEmbedding(CompressedLayer):
             return matrices["weight"].take(ids, self.padding_idx)
         if self.transposed:
             return nn.functional.embedding(ids, self.dense(), self.padding_idx)
-        return matrices["basis"].combine(matrices["coefficients"].take(ids, self.padding_idx), self.blocks)
+        rows = matrices["basis"].combine(matrices["coefficients"].take(ids, self.padding_idx), self.blocks)
+        return rows + matrices["weight"].take(ids, self.padding_idx) if self.summed else rows
 
 
 def build(

@@ -2,7 +2,7 @@
 
 Letters: x (m) the inputs of the layer, C = E[x x^T]; W = S D block by block, or W^T = S D, as in `nn.layers`. A whole weight is one
 product, a factored one two: z = D x, then S z; or, transposed, z = S^T x, then D^T z. What flows into the second has the moment
-D C D^T, or S^T C S.
+D C D^T, or S^T C S. A sum has the product of a whole weight before these two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,10 +43,11 @@ class Product:
 def products(
     spec: WeightSpec, matrices: Mapping[str, StoredMatrix], moment: Float[Tensor, "m m"]
 ) -> Iterator[Product]:
-    """The products of a weight in the order in which inputs pass through them. The second is given what the first matrix makes of
-    the inputs by the time it is asked for: changes of the first, also in `matrices`, are seen."""
-    if not spec.factored:
+    """The products of a weight in the order in which inputs pass through them. The second of two factors is given what the first makes
+    of the inputs by the time it is asked for: changes of the first, also in `matrices`, are seen."""
+    if "weight" in matrices:
         yield Product(part="weight", matrix=matrices["weight"], moments=moment[None], on_rows=False)
+    if not spec.factored:
         return
     side = spec.rows if spec.transposed else spec.cols
     blocks = side // matrices["basis"].shape[1]

@@ -31,7 +31,7 @@ from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.families import attention_of, between
 from stackcomp.core.headers import read_header
 from stackcomp.core.settings import whole
-from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
+from stackcomp.core.spec import FORMS, Coding, MatrixSpec, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
 from stackcomp.nn.tree import absolute, install, relative, weights
@@ -261,14 +261,17 @@ def _expand(file: Path, folder: Path) -> str:
 
 def _makes_sense(spec: WeightSpec) -> bool:
     """Whether the matrices of a spec make its weight."""
-    match dict(spec.matrices):
-        case {"weight": whole, **rest}:
-            return not rest and (whole.rows, whole.cols) == (spec.rows, spec.cols)
-        case {"basis": basis, "coefficients": coefficients, **rest}:
-            n, m = (spec.cols, spec.rows) if spec.transposed else (spec.rows, spec.cols)
-            even = m % basis.cols == 0 and basis.rows % (m // basis.cols) == 0
-            return not rest and even and (coefficients.rows, coefficients.cols) == (n, basis.rows)
-    return False
+    if set(spec.matrices) not in FORMS:
+        return False
+    whole = spec.matrices.get("weight")
+    if whole is not None and (whole.rows, whole.cols) != (spec.rows, spec.cols):
+        return False
+    if not spec.factored:
+        return True
+    basis, coefficients = spec.matrices["basis"], spec.matrices["coefficients"]
+    n, m = (spec.cols, spec.rows) if spec.transposed else (spec.rows, spec.cols)
+    even = m % basis.cols == 0 and basis.rows % (m // basis.cols) == 0
+    return even and (coefficients.rows, coefficients.cols) == (n, basis.rows)
 
 
 def _narrow(model: "PreTrainedModel", heads: int) -> None:

@@ -76,6 +76,27 @@ def factorize(
     store_as(model, handle, matrices, transposed=transposed)
 
 
+def split(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    rest: Float[Tensor, "rows cols"],
+    kept: Bool[Tensor, "rows cols"],
+    basis: Float[Tensor, "r cols"],
+    coefficients: Float[Tensor, "rows r"],
+) -> None:
+    """Store a plain W = M + S D: of M = `rest` the entries that are `kept`, beside a bitmap, and the dense factors D = `basis` and S =
+    `coefficients`."""
+    handle = weights(model)[id_]
+    (whole,) = handle.matrices.values()
+    matrices = {
+        "weight": _sparse(whole, rest.to(whole.dtype), kept, None),
+        "basis": store(basis.to(whole.dtype), Dense()).requires_grad_(handle.requires_grad),
+        "coefficients": store(coefficients.to(whole.dtype), Dense()).requires_grad_(handle.requires_grad),
+    }
+    store_as(model, handle, matrices, transposed=False)
+
+
 def sparsify(
     model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[int, int] | None = None
 ) -> None:
@@ -129,7 +150,7 @@ def quantize(
     """Round every floating-point matrix of a weight to integers.
 
     int8: with scales in the dtype that the weight had. A matrix has one scale a row, or a column where its product
-    sums over the rows (both factors of a transposed weight). dynamic: the inputs of its products are rounded too,
+    sums over the rows (both factors of a transposed product). dynamic: the inputs of its products are rounded too,
     token by token.
 
     int4, int3, int2, nf4, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
@@ -252,14 +273,16 @@ def _rounded(
         raise SettingError(
             f"group={group} does not go with coding='int8': leave it out, or give another coding"
         )
-    axis = 1 if handle.spec.factored and handle.spec.transposed else 0
 
-    def rounded(matrix: StoredMatrix) -> StoredMatrix:
+    def rounded(part: str, matrix: StoredMatrix) -> StoredMatrix:
         if coding == "int8":
+            axis = 1 if handle.spec.transposed and part != "weight" else 0
             return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
         short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
         return to_low_bit(
             matrix, coding=coding, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
         )
 
-    return {part: rounded(matrix) for part, matrix in handle.matrices.items() if not matrix.spec.integers}
+    return {
+        part: rounded(part, matrix) for part, matrix in handle.matrices.items() if not matrix.spec.integers
+    }

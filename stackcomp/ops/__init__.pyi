@@ -32,6 +32,7 @@ from .second_order import curvature as curvature
 from .second_order import kept_in_columns as kept_in_columns
 from .second_order import prune_columns as prune_columns
 from .second_order import round_columns as round_columns
+from .sparse_low_rank import sparse_low_rank as sparse_low_rank
 from .supports import pack_fixed as pack_fixed
 from .supports import pack_free as pack_free
 from .supports import unpack_fixed as unpack_fixed

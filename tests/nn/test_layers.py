@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stackcomp.core.spec import Dense, Fixed
+from stackcomp.core.spec import Dense, Fixed, Free
 from stackcomp.nn import CompressedEmbedding, CompressedLinear
 from stackcomp.nn.matrix import store, to_int8
 
@@ -44,6 +44,51 @@ def test_factored(transposed, tokens, grad):
     x = torch.randn(2, tokens, IN)
     with torch.set_grad_enabled(grad):
         assert torch.allclose(layer(x), F.linear(x, weight, layer.bias), atol=1e-4)
+
+
+def added(matrices, weight):
+    """The same with a third matrix, of which a fifth is stored, and the sum."""
+    rest = torch.randn(weight.shape)
+    mask = torch.rand(weight.shape) < 0.2
+    stored = store(rest, Free(nonzeros=int(mask.sum())), mask)
+    return {"weight": stored, **matrices}, weight + rest * mask
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 400])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("coding", ["float32", "int8"])
+def test_a_sum(transposed, tokens, grad, coding):
+    matrices, weight = added(*factors(OUT, IN, transposed))
+    if coding == "int8":
+        matrices = {
+            part: to_int8(matrix, axis=int(transposed and part != "weight"), dynamic=False)
+            for part, matrix in matrices.items()
+        }
+    layer = linear(matrices, transposed)
+    assert layer.blocks == BLOCKS
+    assert (layer.dense() - weight).norm() <= (0.03 if coding == "int8" else 1e-5) * weight.norm()
+    x = torch.randn(2, tokens, IN)
+    with torch.set_grad_enabled(grad):
+        assert torch.allclose(layer(x), F.linear(x, layer.dense(), layer.bias), atol=1e-4)
+    rows = CompressedEmbedding(
+        matrices, num_embeddings=OUT, embedding_dim=IN, transposed=transposed, owner=False
+    )
+    ids = torch.tensor([[0, 4], [11, 0]])
+    assert torch.allclose(rows(ids), layer.dense()[ids], atol=1e-5)
+
+
+def test_a_sum_is_composed_where_that_takes_fewer_multiplications():
+    thin = {
+        "basis": store(torch.randn(2, IN), Dense()),
+        "coefficients": store(torch.randn(OUT, 2), Dense()),
+    }
+    assert not linear(thin)._composes(torch.empty(1000, IN))
+    layer = linear(added(thin, torch.zeros(OUT, IN))[0])
+    assert layer._composes(
+        torch.empty(8, IN)
+    )  # 12 x 2 x 20 against 8 x 2 x (12 + 20), the third matrix in both
+    assert not layer._composes(torch.empty(7, IN))
 
 
 def test_both_roads_are_taken_and_the_choice_is_one_of_shapes():

@@ -50,6 +50,31 @@ def test_a_plain_weight_is_one_product():
     assert torch.equal(product.split(product.matrix.dense())[0], handle.dense())
 
 
+def test_a_sum_is_its_matrix_beside_two_factors():
+    handle, x = with_factors(6, 32, transposed=False)
+    pair = handle.modules[0].matrices
+    rest = torch.randn(16, 32)
+    nn.split(
+        model := toys.bert_classifier(),
+        ID,
+        rest=rest,
+        kept=rest > 0,
+        basis=pair["basis"].dense().detach(),
+        coefficients=pair["coefficients"].dense().detach(),
+    )
+    whole, *factors = nn.products(
+        nn.weights(model)[ID].spec, nn.weights(model)[ID].matrices, moment := x.T @ x / len(x)
+    )
+    assert [whole.part, *(product.part for product in factors)] == ["weight", "basis", "coefficients"]
+    assert torch.equal(whole.matrix.dense(), rest.clamp_min(0))
+    for found, wanted in zip(
+        [whole.moments, *(product.moments for product in factors)],
+        [moment[None], *(product.moments for product in nn.products(handle.spec, pair, moment))],
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
+
+
 def test_the_second_product_sees_what_was_done_to_the_first(tokenizer, tmp_path):
     model = toys.bert_classifier()
     apply(sc.LowRank(ratio=1.3, only=BLOCKS), model, tokenizer, tmp_path)

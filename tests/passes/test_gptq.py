@@ -18,6 +18,7 @@ FIRST = [
     None,
     sc.DenseSparse(ratio=1.3, blocks=2, only=BLOCKS),
     sc.LowRank(ratio=1.3, only=BLOCKS),
+    sc.SparseLowRank(ratio=1.3, only=BLOCKS),
     sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
     sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
 ]
