@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stackcomp.core.errors import SettingError
 from stackcomp.core.settings import one_of
-from stackcomp.core.spec import Coding, Dense, Fixed, Free
+from stackcomp.core.spec import CODEBOOKS, Coding, Dense, Fixed, Free
 from stackcomp.nn.matrix import StoredMatrix, store, to_int8, to_low_bit
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
@@ -141,6 +141,22 @@ def quantize(
     store_as(model, handle, handle.matrices | rounded, transposed=handle.spec.transposed)
 
 
+def cluster(model: "PreTrainedModel", id_: str, *, bits: int, group: int | None = None) -> None:
+    """Store every floating-point matrix of a weight as codes of `bits` bits into 2^bits shared values: those of the matrix, or with
+    group=1 of each of its rows (of a `Free` layout, still of the matrix). They are kept as scales are.
+
+    Raises SettingError for bits that are no whole number from 2 to 8, and for another group.
+    """
+    one_of("bits", bits, CODEBOOKS)
+    handle = weights(model)[id_]
+    clustered = {
+        part: to_low_bit(matrix, coding=CODEBOOKS[bits], group=group, scale_coding=_short(matrix))
+        for part, matrix in handle.matrices.items()
+        if not matrix.spec.integers
+    }
+    store_as(model, handle, handle.matrices | clustered, transposed=handle.spec.transposed)
+
+
 def round_in_training(
     model: "PreTrainedModel", id_: str, *, coding: Coding = "int8", group: int | None = None
 ) -> list[RoundedMatrix]:
@@ -257,9 +273,17 @@ def _rounded(
     def rounded(matrix: StoredMatrix) -> StoredMatrix:
         if coding == "int8":
             return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
-        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
         return to_low_bit(
-            matrix, coding=coding, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
+            matrix,
+            coding=coding,
+            group=group or 0,
+            scale_coding=scale_coding or _short(matrix),
+            dynamic=dynamic,
         )
 
     return {part: rounded(matrix) for part, matrix in handle.matrices.items() if not matrix.spec.integers}
+
+
+def _short(matrix: StoredMatrix) -> Coding:
+    """The 16-bit coding of scales for a matrix."""
+    return "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
