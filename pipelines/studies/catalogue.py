@@ -36,6 +36,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     for bits in (4, 3, 2):
         yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)
         yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
+        yield f"{bits} bits, clustered", sc.ClusterWeights(bits=bits, **layers)
     yield "low-rank word embeddings, 2x", sc.FactorizeEmbeddings(ratio=2.0)
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()

@@ -18,6 +18,7 @@ class Fact(StrEnum):
     NF4 = "nf4"  # 4-bit codes of the quantiles of a normal distribution, times the scale of a group
     TERNARY = "ternary"  # -1, 0 or 1 times the scale of a group, 1.6 bits
     BINARY = "binary"  # one of two opposite values a group, 1 bit
+    CODEBOOK = "codebook"  # values are codes of 2 to 8 bits into shared values, those of a row or of the whole matrix
     DENSE = "dense"  # every entry is stored
     SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
     FACTOR = "factor"  # the part is one factor of a product
@@ -27,8 +28,19 @@ class Fact(StrEnum):
 
 Facts = frozenset[Fact]
 
-# codes on a grid, of which the scales can be trained
-INTEGERS: Facts = frozenset({Fact.INT8, Fact.INT4, Fact.INT3, Fact.INT2, Fact.NF4, Fact.TERNARY, Fact.BINARY})
+# codes, of which the scales can be trained, or the shared values
+INTEGERS: Facts = frozenset(
+    {
+        Fact.INT8,
+        Fact.INT4,
+        Fact.INT3,
+        Fact.INT2,
+        Fact.NF4,
+        Fact.TERNARY,
+        Fact.BINARY,
+        Fact.CODEBOOK,
+    }
+)
 
 
 def facts(*words: Fact) -> Facts:

@@ -92,7 +92,34 @@ _LAYOUTS: dict[str, type[Dense] | type[Fixed] | type[Free]] = {"dense": Dense, "
 
 TRITS = 5  # ternary values in a byte: 3^5 = 243
 
-Coding = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "nf4", "ternary", "binary"]
+Coding = Literal[
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "nf4",
+    "ternary",
+    "binary",
+    "codebook8",
+    "codebook7",
+    "codebook6",
+    "codebook5",
+    "codebook4",
+    "codebook3",
+    "codebook2",
+]
+CODEBOOKS: dict[int, Coding] = {  # codings by shared values, by their bits
+    8: "codebook8",
+    7: "codebook7",
+    6: "codebook6",
+    5: "codebook5",
+    4: "codebook4",
+    3: "codebook3",
+    2: "codebook2",
+}
 VALUE_BITS: dict[str, float] = {
     "float32": 32,
     "bfloat16": 16,
@@ -104,6 +131,7 @@ VALUE_BITS: dict[str, float] = {
     "nf4": 4,
     "ternary": 8 / TRITS,
     "binary": 1,
+    **{coding: bits for bits, coding in CODEBOOKS.items()},
 }
 ROUNDED: dict[float, Coding] = {  # codings on evenly spaced levels, by their bits
     8: "int8",
@@ -132,7 +160,8 @@ class MatrixSpec:
     `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column);
     `scale_coding` is the scales' own dtype; `dynamic` that the inputs of its product are rounded to int8 as
     they come. Values of fewer bits have a scale for every `group` stored values of a line (see `lines`), the
-    last group of which may be shorter; their codes are packed without a gap.
+    last group of which may be shorter; their codes are packed without a gap. Codes of a codebook are packed too:
+    its 2^bits shared values take the place of scales, and are those of one line (group=1) or of the matrix (None).
     """
 
     rows: int
@@ -145,10 +174,14 @@ class MatrixSpec:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.group is not None) != (self.bits < 8) or (self.group is not None and self.group < 1):
+        if self.clustered:
+            fits = self.group in (None, 1)
+        else:
+            fits = self.group is not None and self.group >= 1 if self.packed else self.group is None
+        if not fits:
             raise SettingError(
                 f"group={self.group!r} does not fit coding={self.coding!r}: integers of fewer than 8 bits take a whole "
-                "number from 1, all others none"
+                "number from 1, a codebook 1 or none, all others none"
             )
         if self.dynamic and self.coding != "int8":
             raise SettingError(
@@ -196,14 +229,25 @@ class MatrixSpec:
         return VALUE_BITS[self.coding]
 
     @property
+    def clustered(self) -> bool:
+        """Whether values are codes of a codebook."""
+        return self.coding in CODEBOOKS.values()
+
+    @property
+    def books(self) -> int:
+        """Number of codebooks, each of which serves as many stored values: 0 where values are no codes of one."""
+        return (self.lines[0] if self.group else 1) if self.clustered else 0
+
+    @property
     def integers(self) -> bool:
-        """Whether values are integers with scales."""
-        return self.coding in INTEGERS
+        """Whether values are codes: integers with scales, or of a codebook."""
+        return self.clustered or self.coding in INTEGERS
 
     @property
     def packed(self) -> bool:
-        """Whether values are codes of fewer than 8 bits, packed side by side, with scales for groups of them."""
-        return self.group is not None
+        """Whether values are codes packed side by side: integers of fewer than 8 bits, with scales for groups of them, or codes of
+        a codebook."""
+        return self.integers and self.coding != "int8"
 
     @property
     def value_bytes(self) -> int:
@@ -217,7 +261,9 @@ class MatrixSpec:
 
     @property
     def scale_count(self) -> int:
-        """Number of scales: 0 for floating-point values."""
+        """Number of scales, or of shared values: 0 for floating-point values."""
+        if self.clustered:
+            return self.books << int(self.bits)
         if self.group is not None:
             lines, length = self.lines
             return lines * -(-length // self.group)
@@ -233,7 +279,10 @@ class MatrixSpec:
     def facts(self) -> Facts:
         """The facts of this matrix, but for `factor`, which its weight knows."""
         words = {Fact.DENSE if isinstance(self.layout, Dense) else Fact.SPARSE}
-        words |= {Fact(self.coding)} if self.integers else {Fact.FLOAT, Fact.TRAINABLE}
+        if self.clustered:
+            words |= {Fact.CODEBOOK}
+        else:
+            words |= {Fact(self.coding)} if self.integers else {Fact.FLOAT, Fact.TRAINABLE}
         return frozenset(words | ({Fact.DYNAMIC} if self.dynamic else set()))
 
 
@@ -338,21 +387,30 @@ class WeightSpec:
         return replace(self, matrices=sparse)
 
     def rounded(self, coding: Coding, group: int | None = None, *, dynamic: bool = False) -> "WeightSpec":
-        """The weight with every floating-point matrix as integers; of int8 one scale a row, or a column where its product sums over
-        the rows (both factors of a transposed weight), of fewer bits one for every `group` stored values of a line."""
+        """The weight with every floating-point matrix as codes: of int8 with one scale a row, or a column where a product sums over the
+        rows (both factors of a transposed product); all others with scales, or shared values, of 16 bits.
 
-        def integers(matrix: MatrixSpec) -> MatrixSpec:
-            if matrix.integers:
-                return matrix
-            if coding == "int8":
-                axis = 1 if self.factored and self.transposed else 0
-                return replace(
-                    matrix, coding=coding, scale_axis=axis, scale_coding=matrix.coding, dynamic=dynamic
-                )
+        Raises SettingError for a group or rounded inputs that do not go with the coding.
+        """
+
+        def codes(part: str, matrix: MatrixSpec) -> MatrixSpec:
             short: Coding = "bfloat16" if matrix.coding == "bfloat16" else "float16"
-            return replace(matrix, coding=coding, group=group, scale_coding=short)
+            return replace(
+                matrix,
+                coding=coding,
+                group=group,
+                dynamic=dynamic,
+                scale_axis=1 if coding == "int8" and self.transposed and part != "weight" else 0,
+                scale_coding=matrix.coding if coding == "int8" else short,
+            )
 
-        return replace(self, matrices={part: integers(matrix) for part, matrix in self.matrices.items()})
+        return replace(
+            self,
+            matrices={
+                part: matrix if matrix.integers else codes(part, matrix)
+                for part, matrix in self.matrices.items()
+            },
+        )
 
     def with_matrix(self, name: str, matrix: MatrixSpec) -> "WeightSpec":
         """The same weight with one matrix replaced."""

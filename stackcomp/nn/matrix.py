@@ -5,7 +5,8 @@ of `blocks` matrices below each other, M_1 ... M_blocks, of rows / blocks rows e
 
 What is in the state dict is what is in the file: `values` (a parameter; a buffer when they are integers, of packed
 bytes below 8 bits), `support` (packed bytes; only where some entries are not stored) and `scales` (a parameter, so
-that they stay trainable; only with integers).
+that they stay trainable; only with integers). Codes of a codebook are packed bytes, too, and its shared values are in
+the place of scales.
 
 Scales of packed values are kept in the dtype of the model, which is what a product and an optimizer want, and are
 rounded to their `scale_coding` wherever they are read: by a product, and by the state dict.
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
 from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
-from stackcomp.ops import low_bit, quantize, supports
+from stackcomp.ops import clusters, low_bit, quantize, supports
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -174,7 +175,8 @@ class StoredMatrix(nn.Module):
                 form = f"{nonzeros} of {block}"
             case _:
                 form = f"{spec.layout.nonzeros} free"
-        group = f" in groups of {spec.group}" if spec.packed else ""
+        shared = f" for each of {spec.books}" if spec.clustered else f" in groups of {spec.group}"
+        group = shared if spec.group else ""
         return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}"
 
     @property
@@ -228,9 +230,15 @@ class StoredMatrix(nn.Module):
         form = self._form
         if not form.packed:
             return self.values.flatten()
-        assert form.group is not None
         codes = low_bit.unpack(self.values, form.coding, form.count).view(form.lines)
-        scales = low_bit.stored_scales(self._steps, self._scale_dtype).view(form.lines[0], -1)
+        scales = low_bit.stored_scales(self._steps, self._scale_dtype)
+        if form.clustered:
+            book = torch.arange(form.books, dtype=torch.int32, device=codes.device)
+            return clusters.look_up(
+                scales.view(form.books, -1), codes.view(form.books, -1), book[:, None]
+            ).flatten()
+        assert form.group is not None
+        scales = scales.view(form.lines[0], -1)
         return low_bit.dequantize_groups(codes, scales, form.coding, form.group).flatten()
 
     def _at(self, entries: Int64[Tensor, "*t"]) -> Tensor:
@@ -238,12 +246,15 @@ class StoredMatrix(nn.Module):
         form = self._form
         if not form.packed:
             return self.values.flatten()[entries]
-        assert form.group is not None
         length = form.lines[1]
         line = entries // length
+        codes = low_bit.take(self.values, form.coding, entries)
+        if form.clustered:
+            books = low_bit.stored_scales(self._steps, self._scale_dtype).view(form.books, -1)
+            return clusters.look_up(books, codes, line if form.group else torch.zeros_like(line))
+        assert form.group is not None
         groups = line * -(-length // form.group) + (entries - line * length) // form.group
         scales = low_bit.stored_scales(self._steps[groups], self._scale_dtype)
-        codes = low_bit.take(self.values, form.coding, entries)
         return low_bit.levels(codes, form.coding, scales.dtype) * scales
 
     def _spread(self) -> Tensor:
@@ -413,53 +424,42 @@ def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
     return supports.pack_fixed(columns.view(*grouped.shape[:2], layout.nonzeros), layout.block)
 
 
-def to_int8(
-    matrix: StoredMatrix, *, axis: int, dynamic: bool, scale_dtype: torch.dtype = torch.float32
-) -> StoredMatrix:
-    """The same matrix with values rounded to int8, one scale a row (axis 0) or a column (axis 1) of its
-    stored entries.
-    """
-    whole = matrix.dense().detach()
-    integers, scales = quantize.quantize_rows(whole if axis == 0 else whole.t(), scale_dtype)
-    integers = integers if axis == 0 else integers.t()
-    spec = replace(
-        matrix.spec,
-        coding="int8",
-        scale_axis=0 if axis == 0 else 1,
-        scale_coding=CODINGS[scale_dtype],
-        dynamic=dynamic,
-    )
-    rounded = StoredMatrix(spec, device=matrix.device)
+def encoded(matrix: StoredMatrix, form: MatrixSpec) -> StoredMatrix:
+    """The same matrix, in floating point until now, with its stored values as the codes of `form`, which has its layout."""
+    stored = StoredMatrix(form, device=matrix.device, dtype=matrix.dtype)
     with torch.no_grad():
-        kept = integers if matrix.support is None else integers[matrix.mask()]
-        rounded.values.copy_(kept.reshape(rounded.values.shape))
-        assert rounded.scales is not None
-        rounded.scales.copy_(scales)
-    return _as(matrix, rounded)
+        assert stored.scales is not None
+        values, scales = _packed(matrix, form) if form.packed else _int8(matrix, form)
+        stored.values.copy_(values.reshape(stored.values.shape))
+        stored.scales.copy_(scales.flatten())
+    if matrix.support is not None:
+        assert stored.support is not None
+        stored.support.copy_(matrix.support)
+    trains = any(parameter.requires_grad for parameter in matrix.parameters())
+    stored.scales.requires_grad_(trains)
+    return stored
 
 
-def to_low_bit(
-    matrix: StoredMatrix,
-    *,
-    coding: Coding,
-    group: int,
-    scale_coding: Coding = "float16",
-    dynamic: bool = False,
-) -> StoredMatrix:
-    """The same matrix, in floating point until now, with its stored values rounded to fewer than 8 bits, one scale
-    for every `group` of a line. Raises SettingError for a group below 1, and for `dynamic`, which needs int8.
-    """
-    form = matrix.spec
-    spec = replace(form, coding=coding, group=group, scale_coding=scale_coding, dynamic=dynamic)
-    rounded = StoredMatrix(spec, device=matrix.device, dtype=matrix.dtype)
-    with torch.no_grad():
-        assert rounded.scales is not None
-        codes, scales = low_bit.quantize_groups(
-            matrix.values.view(form.lines), coding, group, scale_dtype=DTYPES[scale_coding]
-        )
-        rounded.values.copy_(low_bit.pack(codes.flatten(), coding))
-        rounded.scales.copy_(scales.flatten())
-    return _as(matrix, rounded)
+def _int8(matrix: StoredMatrix, form: MatrixSpec) -> tuple[Tensor, Tensor]:
+    """The stored values as integers, and the scales of rows or columns."""
+    whole = matrix.dense()
+    turned = whole if form.scale_axis == 0 else whole.t()
+    integers, scales = quantize.quantize_rows(turned, DTYPES[form.scale_coding])
+    integers = integers if form.scale_axis == 0 else integers.t()
+    return integers if matrix.support is None else integers[matrix.mask()], scales
+
+
+def _packed(matrix: StoredMatrix, form: MatrixSpec) -> tuple[Tensor, Tensor]:
+    """The stored values as packed codes, and the scales of groups or the shared values."""
+    dtype = DTYPES[form.scale_coding]
+    if form.clustered:
+        lines = matrix.values.view(form.books, -1)
+        codes, scales = clusters.cluster(lines, int(form.bits), level_dtype=dtype)
+    else:
+        assert form.group is not None
+        lines = matrix.values.view(form.lines)
+        codes, scales = low_bit.quantize_groups(lines, form.coding, form.group, scale_dtype=dtype)
+    return low_bit.pack(codes.flatten(), form.coding), scales
 
 
 def take_rows(matrix: StoredMatrix, rows: Int64[Tensor, " n"]) -> StoredMatrix:
@@ -478,17 +478,7 @@ def take_rows(matrix: StoredMatrix, rows: Int64[Tensor, " n"]) -> StoredMatrix:
         else:
             taken.values.copy_(matrix.values[rows])
         if matrix.scales is not None and taken.scales is not None:
-            apart = form.packed or form.scale_axis == 0
+            apart = form.group is not None if form.packed else form.scale_axis == 0
             scales = matrix.scales.view(form.rows, -1)[rows].flatten() if apart else matrix.scales
             taken.scales.copy_(scales)
     return taken.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))
-
-
-def _as(matrix: StoredMatrix, rounded: StoredMatrix) -> StoredMatrix:
-    """`rounded` with the support of `matrix`; its scales train where anything of `matrix` did."""
-    if matrix.support is not None:
-        assert rounded.support is not None
-        rounded.support.copy_(matrix.support)
-    assert rounded.scales is not None
-    rounded.scales.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))
-    return rounded

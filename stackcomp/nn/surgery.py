@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from stackcomp.core.errors import SettingError
 from stackcomp.core.settings import one_of
-from stackcomp.core.spec import Coding, Dense, Fixed, Free
-from stackcomp.nn.matrix import StoredMatrix, store, to_int8, to_low_bit
+from stackcomp.core.spec import CODEBOOKS, Coding, Dense, Fixed, Free
+from stackcomp.nn.matrix import StoredMatrix, encoded, store
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
@@ -144,21 +143,21 @@ def quantize(
     *,
     coding: Coding = "int8",
     group: int | None = None,
-    scale_coding: Coding | None = None,
     dynamic: bool = False,
 ) -> None:
-    """Round every floating-point matrix of a weight to integers.
+    """Store every floating-point matrix of a weight as codes.
 
     int8: with scales in the dtype that the weight had. A matrix has one scale a row, or a column where its product
     sums over the rows (both factors of a transposed product). dynamic: the inputs of its products are rounded too,
     token by token.
 
     int4, int3, int2, nf4, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
-    `Free` layout, of all values), kept as `scale_coding`: float16, or bfloat16 in a model that is so, where nothing is
-    said. Raises SettingError for other codings, and for a group or inputs that do not go with them.
+    `Free` layout, of all values), kept as float16, or bfloat16 in a model that is so. codebook2 to codebook8: packed codes into
+    as many shared values, kept as such scales are: those of the matrix, or with group=1 of each of its rows (of a `Free` layout,
+    still of the matrix). Raises SettingError for other codings, and for a group or inputs that do not go with them.
     """
     handle = weights(model)[id_]
-    rounded = _rounded(handle, coding, group, scale_coding, dynamic)
+    rounded = _rounded(handle, coding, group, dynamic=dynamic)
     store_as(model, handle, handle.matrices | rounded, transposed=handle.spec.transposed)
 
 
@@ -170,8 +169,7 @@ def round_in_training(
     handle = weights(model)[id_]
     before = handle.matrices
     learning = {
-        part: RoundedMatrix(before[part], stored)
-        for part, stored in _rounded(handle, coding, group, None, dynamic=False).items()
+        part: RoundedMatrix(before[part], stored) for part, stored in _rounded(handle, coding, group).items()
     }
     store_as(model, handle, before | learning, transposed=handle.spec.transposed)
     return list(learning.values())
@@ -265,24 +263,13 @@ def _sparse(
 
 
 def _rounded(
-    handle: WeightHandle, coding: Coding, group: int | None, scale_coding: Coding | None, dynamic: bool
+    handle: WeightHandle, coding: Coding, group: int | None, *, dynamic: bool = False
 ) -> dict[str, StoredMatrix]:
-    """The floating-point matrices of a weight as integers."""
-    one_of("coding", coding, low_bit.GRIDS)
-    if coding == "int8" and group is not None:
-        raise SettingError(
-            f"group={group} does not go with coding='int8': leave it out, or give another coding"
-        )
-
-    def rounded(part: str, matrix: StoredMatrix) -> StoredMatrix:
-        if coding == "int8":
-            axis = 1 if handle.spec.transposed and part != "weight" else 0
-            return to_int8(matrix, axis=axis, dynamic=dynamic, scale_dtype=matrix.dtype)
-        short: Coding = "bfloat16" if matrix.dtype == torch.bfloat16 else "float16"
-        return to_low_bit(
-            matrix, coding=coding, group=group or 0, scale_coding=scale_coding or short, dynamic=dynamic
-        )
-
+    """The floating-point matrices of a weight as codes."""
+    one_of("coding", coding, (*low_bit.GRIDS, *CODEBOOKS.values()))
+    forms = handle.spec.rounded(coding, group, dynamic=dynamic).matrices
     return {
-        part: rounded(part, matrix) for part, matrix in handle.matrices.items() if not matrix.spec.integers
+        part: encoded(matrix, forms[part])
+        for part, matrix in handle.matrices.items()
+        if not matrix.spec.integers
     }

@@ -1,3 +1,4 @@
+from . import clusters as clusters
 from . import low_bit as low_bit
 from . import masks as masks
 from . import quantize as quantize
@@ -8,6 +9,7 @@ from .allocate import allocate as allocate
 from .allocate import dense_sparse_bytes as dense_sparse_bytes
 from .allocate import low_rank_bytes as low_rank_bytes
 from .allocate import shapes_of_size as shapes_of_size
+from .clusters import cluster as cluster
 from .factorize import DenseSparseFactors as DenseSparseFactors
 from .factorize import Factorizer as Factorizer
 from .factorize import dense_sparse as dense_sparse

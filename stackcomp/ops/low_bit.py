@@ -190,8 +190,8 @@ def pack(codes: UInt8[Tensor, " n"], coding: Coding) -> UInt8[Tensor, " bytes"]:
     bits = _bits(coding)
     words = torch.nn.functional.pad(codes, (0, -len(codes) % 8)).view(torch.int64)  # a code a byte
     for values in (1, 2, 4):
-        words = words | words >> (8 - bits) * values
-        words = words & _mask(bits, 2 * values)
+        size = bits * values
+        words = words & _mask(size, 0, values) | words >> 8 * values - size & _mask(size, size, values)
     return words.view(torch.uint8).view(-1, 8)[:, :bits].flatten()[: packed_bytes(len(codes), bits)]
 
 
@@ -203,8 +203,8 @@ def unpack(packed: UInt8[Tensor, " bytes"], coding: Coding, count: int) -> UInt8
     words = torch.nn.functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits)  # 8 codes a row
     words = torch.nn.functional.pad(words, (0, 8 - bits)).flatten().view(torch.int64)
     for values in (4, 2, 1):
-        words = words | words << (8 - bits) * values
-        words = words & _mask(bits, values)
+        size = bits * values
+        words = words & _mask(size, 0, values) | words << 8 * values - size & _mask(size, 8 * values, values)
     return words.view(torch.uint8)[:count]
 
 
@@ -233,10 +233,10 @@ def _bits(coding: Coding) -> int:
     return int(VALUE_BITS[coding])
 
 
-def _mask(bits: int, values: int) -> int:
-    """The lowest `values * bits` bits of every `8 * values` of a 64-bit word, as torch reads it."""
-    unit = (2 ** (values * bits) - 1).to_bytes(values, "little")
-    return int.from_bytes(unit * (8 // values), "little", signed=True)
+def _mask(size: int, first: int, half: int) -> int:
+    """`size` bits from bit `first` on of every `2 * half` bytes of a 64-bit word, as torch reads it."""
+    unit = (2**size - 1 << first).to_bytes(2 * half, "little")
+    return int.from_bytes(unit * (4 // half), "little", signed=True)
 
 
 def _groups(matrix: Tensor, group: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Sparse plus low rank, after training."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, whole, within
-from stackcomp.core.spec import Free
+from stackcomp.core.spec import Free, WeightSpec
 from stackcomp.layerwise import FACTOR
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ class SparseLowRank(Pass):
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         have_inputs(weights, "FactorizeEmbeddings or MagnitudePrune")
         self._examine_ratio((weight.rows, weight.cols, WIDEST) for weight in weights)
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        rank, nonzeros = self._counts(spec.rows, spec.cols, spec.matrices["weight"].bits)
+        if self.ratio == 1.0 or not rank:
+            return (spec,)
+        sparse = spec.pruned({"weight": nonzeros})
+        return (replace(sparse, matrices={**sparse.matrices, **spec.as_product(atoms=rank).matrices}),)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.ratio == 1.0:

@@ -29,7 +29,7 @@ class TrainingPass(Pass):
     included.
 
     What earlier passes fixed stays fixed: a pruned entry stays zero, a support stays itself, an integer stays
-    on its grid, and of a weight rounded to integers only the scales are trained.
+    on its grid, and of a weight rounded to integers only the scales are trained, of a clustered one the shared values.
 
     epochs: passes over the training split, fractions too, 0 does nothing; steps: an upper bound on optimizer
     steps; learning_rate: its peak; batch_size: examples a step; warmup: share of the steps that the rate
@@ -107,7 +107,9 @@ class TrainingPass(Pass):
             if any(INTEGERS & words for words in handle.spec.parts().values())
         ]
         note = (
-            {"rounded_weights": f"{len(rounded)} weights are integers: of these only the scales were trained"}
+            {
+                "rounded_weights": f"{len(rounded)} weights are codes: of these only the scales or shared values were trained"
+            }
             if rounded
             else {}
         )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stackcomp.core.errors import CheckpointError, SettingError
 from stackcomp.core.facts import Fact
-from stackcomp.core.spec import Dense, Fixed, Free, MatrixSpec, WeightSpec, word_bits
+from stackcomp.core.spec import CODEBOOKS, Dense, Fixed, Free, MatrixSpec, WeightSpec, word_bits
 
 
 @given(st.integers(1, 64), st.data())
@@ -64,8 +64,28 @@ def test_low_bit_values_are_counted_by_the_bit(layout, count, scales, coding, bi
 
 
 @pytest.mark.parametrize(
+    ("layout", "count", "lines"),
+    [(Dense(), 600, 10), (Fixed(block=20, nonzeros=3), 90, 10), (Free(nonzeros=7), 7, 1)],
+)
+@pytest.mark.parametrize(("bits", "coding"), CODEBOOKS.items())
+@pytest.mark.parametrize("group", [None, 1])
+def test_codes_and_codebooks_are_counted(layout, count, lines, bits, coding, group):
+    matrix = MatrixSpec(rows=10, cols=60, layout=layout, coding=coding, group=group, scale_coding="float16")
+    books = lines if group else 1
+    assert matrix.values_shape == (matrix.value_bytes,) == (math.ceil(count * bits / 8),)
+    assert (matrix.books, matrix.scale_count) == (books, books * 2**bits)
+    assert matrix.total_bytes == matrix.value_bytes + matrix.index_bytes + 2 * books * 2**bits
+    assert matrix.facts & {Fact.CODEBOOK, Fact.FLOAT, Fact.TRAINABLE} == {Fact.CODEBOOK}
+    weight = WEIGHT.with_matrix("basis", matrix)
+    assert WeightSpec.from_json("a.b", json.loads(json.dumps(weight.to_json()))) == weight
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"coding": "codebook4", "group": 2}, "group=2"),
+        ({"coding": "codebook8", "group": 0}, "group=0"),
+        ({"coding": "codebook8", "dynamic": True}, "dynamic=True"),
         ({"coding": "int4"}, "group=None"),
         ({"coding": "int4", "group": 0}, "group=0"),
         ({"coding": "int4", "group": -8}, "group=-8"),

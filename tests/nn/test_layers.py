@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from stackcomp.core.spec import Dense, Fixed, Free
 from stackcomp.nn import CompressedEmbedding, CompressedLinear
-from stackcomp.nn.matrix import store, to_int8
+from stackcomp.nn.matrix import store
+from tests.nn.rounding import to_int8
 
 OUT, IN, BLOCKS, ATOMS, KEPT = 12, 20, 2, 6, 2
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stackcomp.core.spec import Dense, Fixed, Free, MatrixSpec
-from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store, to_int8, to_low_bit
-from stackcomp.ops import round_groups
+from stackcomp.core.spec import CODEBOOKS, Dense, Fixed, Free, MatrixSpec
+from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store
+from stackcomp.ops import cluster, round_groups
+from tests.nn.rounding import to_int8, to_low_bit
 
 ROWS, COLS = 12, 20
 LAYOUTS = ["dense", "fixed", "full", "free"]
@@ -171,6 +172,45 @@ def test_low_bits(kept, coding, group):
     ids = torch.tensor([[0, 3, 7], [11, 3, 0]])
     assert torch.equal(rounded.take(ids), rounded.dense()[ids])
     assert rounded.take(torch.empty(0, dtype=torch.int64)).shape == (0, COLS)
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("group", [None, 1])
+def test_codebooks(kept, bits, group):
+    stored, matrix = kept
+    shared = to_low_bit(stored, coding=CODEBOOKS[bits], group=group)
+    assert sum(part.nbytes for part in shared.state_dict().values()) == shared.spec.total_bytes
+    assert torch.equal(shared.mask(), stored.mask())
+    codes, levels = cluster(stored.values.detach().view(shared.spec.books, -1), bits)
+    expected = levels.float().gather(1, codes.long())
+    assert torch.equal(shared.dense(), torch.zeros_like(matrix).masked_scatter(stored.mask(), expected))
+    x = torch.randn(2, 3, COLS)
+    assert torch.allclose(shared.project(x), x @ shared.dense().t(), atol=1e-5)
+    assert torch.allclose(shared.project(x.repeat(1, 1, 3), 3), blockwise(shared, x), atol=1e-5)
+    ids = torch.tensor([[0, 3, 7], [11, 3, 0]])
+    assert torch.equal(shared.take(ids), shared.dense()[ids])
+    small = copy.deepcopy(shared).to(torch.bfloat16)
+    assert (small.dense().dtype, small.state_dict()["scales"].dtype) == (torch.bfloat16, torch.float16)
+    assert repr(shared).endswith(f"codebook{bits}{f' for each of {shared.spec.books}' if group else ''})")
+
+
+@pytest.mark.parametrize("group", [None, 1])
+def test_shared_values_get_the_gradients_of_their_members(kept, group):
+    shared = to_low_bit(kept[0], coding="codebook3", group=group)
+    assert [name for name, part in shared.named_parameters() if part.requires_grad] == ["scales"]
+    weights = torch.randn(ROWS, COLS)
+    (shared.dense() * weights).sum().backward()
+    books = shared.scales.view(shared.spec.books, -1)
+    sums = torch.zeros_like(books)
+    values, wanted = (part[shared.mask()].view(len(books), -1) for part in (shared.dense().detach(), weights))
+    for book, (line, grads) in enumerate(zip(values, wanted, strict=True)):
+        for value, grad in zip(line, grads, strict=True):
+            sums[book, (books[book] == value).nonzero()[0, 0]] += grad
+    grads = shared.scales.grad.view_as(books)
+    assert torch.allclose(grads.sum(), weights[shared.mask()].sum(), atol=1e-4)
+    for book, gradient, total in zip(books, grads, sums, strict=True):
+        for value in book.unique():  # levels may be equal, and any of them may be the one that a value has
+            assert torch.allclose(gradient[book == value].sum(), total[book == value].sum(), atol=1e-4)
 
 
 def form_of(stored):

@@ -174,8 +174,8 @@ def test_weights_on_the_grid_lose_nothing():
     ("settings", "message"),
     [
         ({"coding": "float32"}, "coding='float32'"),
-        ({"coding": "int8", "group": 32}, "group=32 does not go with coding='int8'"),
-        ({"coding": "ternary"}, "group=0"),
+        ({"coding": "int8", "group": 32}, "group=32 does not fit coding='int8'"),
+        ({"coding": "ternary"}, "group=None"),
         ({"coding": "int4", "group": 32, "dynamic": True}, "dynamic=True"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import SettingError
-from stackcomp.core.spec import VALUE_BITS, packed_bytes
+from stackcomp.core.spec import CODEBOOKS, VALUE_BITS, packed_bytes
 from stackcomp.ops import dequantize_groups, low_bit, pack, quantize_groups, round_groups, unpack
 
 LEVELS = {
@@ -34,9 +34,9 @@ def error(values, rounded, weights=1.0):
     return (weights * (values - rounded).square()).sum(-1)
 
 
-@given(st.sampled_from(CODINGS), st.integers(0, 70), st.integers(0, 5), st.data())
+@given(st.sampled_from([*CODINGS, *CODEBOOKS.values()]), st.integers(0, 70), st.integers(0, 5), st.data())
 def test_packing_is_exact_and_as_small_as_it_says(coding, count, start, data):
-    codes_drawn = st.integers(0, len(LEVELS[coding]) - 1)
+    codes_drawn = st.integers(0, 2 if coding == "ternary" else 2 ** int(VALUE_BITS[coding]) - 1)
     drawn = data.draw(st.lists(codes_drawn, min_size=count + start, max_size=count + start))
     codes = torch.tensor(drawn, dtype=torch.uint8)[start:]
     packed = pack(codes, coding)
@@ -47,9 +47,10 @@ def test_packing_is_exact_and_as_small_as_it_says(coding, count, start, data):
     assert torch.equal(low_bit.take(packed, coding, places), codes.flip(0))
 
 
-@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "nf4", "binary"])
+@pytest.mark.parametrize("coding", ["int4", "int3", "int2", "nf4", "binary", *CODEBOOKS.values()])
 def test_bits_stand_where_the_docstring_says(coding):
-    levels, bits = len(LEVELS[coding]), int(VALUE_BITS[coding])
+    bits = int(VALUE_BITS[coding])
+    levels = 2**bits
     codes = torch.randint(0, levels, (21,), dtype=torch.uint8)
     stream = int.from_bytes(bytes(pack(codes, coding).tolist()), "little")
     assert [stream >> i * bits & (levels - 1) for i in range(21)] == codes.tolist()

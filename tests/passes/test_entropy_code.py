@@ -55,6 +55,7 @@ def test_noise_stays_as_it_is():
         sc.LowBitWeights(
             bits=3, group=5, only=(BLOCKS, "*word_embeddings")
         ),  # sizes that are no multiple of a value's
+        sc.ClusterWeights(bits=4),
         sc.MagnitudePrune(sparsity=0.9),
         sc.DenseSparse(ratio=1.4, data_aware=False, only=BLOCKS),
         sc.ShareLayers(only=BLOCKS),

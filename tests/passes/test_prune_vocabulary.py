@@ -93,6 +93,7 @@ def test_a_head_of_its_own_loses_them_too(tokenizer, tmp_path):
         sc.Int8Weights(only="*word_embeddings"),
         sc.Int8Dynamic(only="*word_embeddings"),
         *(sc.LowBitWeights(bits=bits, group=5, only="*word_embeddings") for bits in (4, 3, 2, 1.6, 1)),
+        *(sc.ClusterWeights(bits=3, codebook=whose, only="*word_embeddings") for whose in ("matrix", "row")),
         sc.LowRank(ratio=1.3, data_aware=False, only="*word_embeddings"),
     ],
 )

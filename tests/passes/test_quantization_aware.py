@@ -16,6 +16,7 @@ from stackcomp.core.errors import PipelineRefused, SettingError
 from stackcomp.core.spec import ROUNDED
 from stackcomp.manager import plan_of
 from tests import toys
+from tests.nn.rounding import to_int8
 from tests.passes.test_conformance import apply, manager
 
 BLOCKS = "encoder.layer.*"
@@ -135,7 +136,7 @@ def test_scales_follow_values_that_move(first, bits, group):
             assert error() < before
             if bits == 8:  # as if it had been rounded now
                 steps = matrix.steps.clone()
-                again = nn.matrix.to_int8(
+                again = to_int8(
                     nn.matrix.store(
                         matrix.values.new_zeros(matrix.shape).masked_scatter(matrix.mask(), matrix.values),
                         matrix.spec.layout,
