@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
-from stackcomp.core.families import FAMILIES, head_size, known_heads
+from stackcomp.core.families import FAMILIES, Family, head_size, known_heads
 from stackcomp.nn import absolute
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Outputs = TypeVar("Outputs")
 
@@ -55,24 +52,23 @@ class Heads:
         return scores.tril() if self.causal else scores
 
 
-def depth(model: "PreTrainedModel") -> int:
+def depth(model: nn.Module) -> int:
     """How many layers a model has. Raises UnsupportedModel where its family is not in the table of families."""
-    layers: Any = _module(model, FAMILIES[_kind(model)].blocks.removesuffix(".*"))
+    family, _ = _known(model)
+    layers: Any = _module(model, family.blocks.removesuffix(".*"))
     return len(layers)
 
 
 def caught(
-    model: "PreTrainedModel", layers: Sequence[int], run: Callable[[], Outputs]
+    model: nn.Module, layers: Sequence[int], run: Callable[[], Outputs]
 ) -> tuple[Outputs, list[Heads]]:
     """What `run` gives, which calls `model` once, and the heads of its `layers` meanwhile, with their gradients. However weights are
     stored and attention is computed, this is what comes out of the modules of queries, keys and values.
 
     Raises UnsupportedModel where the model's family is not in the table of families, or a layer lacks its attention.
     """
-    family = FAMILIES[_kind(model)]
+    family, size = _known(model)
     part, stack = family.attention, family.blocks.removesuffix(".*")
-    size = head_size(model.config.to_dict())
-    assert size is not None
     places = [[_module(model, f"{stack}.{layer}.{path}") for path in part.computed] for layer in layers]
     rotary, bias = (None if path is None else _module(model, path) for path in (part.rotary, part.bias))
     found: dict[nn.Module | None, Any] = {None: None}
@@ -81,7 +77,7 @@ def caught(
         found[module] = output
 
     with ExitStack() as hooks:
-        for module in {rotary, bias, *(module for modules in places for module in modules)} - {None}:
+        for module in (module for modules in [*places, [rotary, bias]] for module in modules if module):
             hooks.callback(module.register_forward_hook(keep).remove)
         outputs = run()
     heads: list[Heads] = []
@@ -171,13 +167,13 @@ def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return heads * cosines.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sines.unsqueeze(1)
 
 
-def _kind(model: "PreTrainedModel") -> str:
-    """The family of a model, one of those in the table."""
-    known_heads(head_size(model.config.to_dict()), "Distill")
-    return model.config.model_type
+def _known(model: Any) -> tuple[Family, int]:
+    """The family of a model, and how many features a head of it has."""
+    size = known_heads(head_size(model.config.to_dict()), "Distill")
+    return FAMILIES[model.config.model_type], size
 
 
-def _module(model: "PreTrainedModel", path: str) -> nn.Module:
+def _module(model: Any, path: str) -> nn.Module:
     """The module at `path`. Raises UnsupportedModel where there is none."""
     name = absolute(model, path)
     if name is None:

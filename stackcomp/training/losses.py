@@ -167,7 +167,7 @@ class DistillationLoss(Loss):
         outputs, ours = self._run(model, batch, tuple(followed))
         if self._kept is not None and self._place is not None:
             kept = self._kept[self._place[batch["index"].cpu()]]
-            wanted, states, theirs = kept.transpose(0, 1).flatten(0, 1).to(batch["input_ids"].device), (), ()
+            wanted, states, theirs = kept.transpose(0, 1).flatten(0, 1).to(batch["input_ids"].device), [], []
         else:
             wanted, states, theirs = self._of_teacher(batch, tuple(followed.values()))
         mask = batch["attention_mask"]

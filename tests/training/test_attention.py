@@ -69,6 +69,7 @@ def test_scores_are_those_that_the_model_attends_with(family, tokenizer):
     for layer, maps in zip(heads, outputs.attentions, strict=True):
         scores = layer.scores(batch["attention_mask"]).masked_fill(~real[:, None, None, :], -1e9)
         if family in ("gpt2", "llama", "llama-grouped", "qwen3"):
+            assert not (scores.triu(1) * real[:, None, None, :]).any()
             scores = scores + torch.full(scores.shape[-2:], -1e9).triu(1)
         torch.testing.assert_close(scores.softmax(-1).transpose(1, 2)[real], maps.transpose(1, 2)[real])
 
