@@ -300,9 +300,15 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 
 def summary() -> str:
     """The order of the pages."""
-    written = {"index.md": "Home", "concepts.md": "Concepts", "studies.md": "Studies"}
+    written = {
+        "index.md": "Home",
+        "concepts.md": "Concepts",
+        "studies.md": "Studies",
+        "own_pass.md": "A pass of your own",
+    }
     order = ["index.md", "tutorials/quickstart.md", "concepts.md", *list(PAGES)[1:]]
     order.insert(order.index("combinations.md"), "studies.md")
+    order.insert(order.index("reference.md"), "own_pass.md")
     titles = {**written, **{path: title for path, (title, _) in PAGES.items()}}
     return "\n".join(f"- [{titles[path]}]({path})" for path in order)
 

@@ -5,7 +5,7 @@ found by their types when it is loaded; the table only serves to describe a chec
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -35,9 +35,11 @@ class FeedForward(Part):
 class Attention(Part):
     """The attention part: what lies between its weights are heads, side by side.
 
-    heads, width: what the config calls their number, and the width of the model; module: what computes with them (a path inside the
-    layer); count, span: its attributes that hold the number of heads, and how wide they are together, where it has such; bias: a weight
-    with a column a head, which all layers add (a path relative to the base model).
+    Into it go queries, keys and values, in this order. heads, width: what the config calls their number, and the width of the model;
+    module: what computes with them (a path inside the layer); count, span: its attributes that hold the number of heads, and how wide they
+    are together, where it has such; normed: norms of queries and of keys behind their weights, where there are such; causal: whether tokens
+    attend to themselves and earlier ones alone; bias: a weight with a column a head, which all layers add to their scores; rotary: what
+    gives cosines and sines by which queries and keys are turned (both paths relative to the base model).
     """
 
     heads: str = "num_attention_heads"
@@ -45,7 +47,15 @@ class Attention(Part):
     module: str
     count: str | None = None
     span: str | None = None
+    normed: tuple[str, ...] = ()
+    causal: bool = False
     bias: str | None = None
+    rotary: str | None = None
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Where what heads compute with comes out: queries, keys and values, or all of them `fused`."""
+        return (*self.normed, *self.into[len(self.normed) :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +158,7 @@ FAMILIES: dict[str, Family] = {
             fused=3,
             count="num_heads",
             span="split_size",
+            causal=True,
         ),
         stored_transposed=("h.*.c_attn", "h.*.c_proj", "h.*.c_fc", "h.*.q_attn"),
         readers={"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
@@ -164,6 +175,8 @@ FAMILIES: dict[str, Family] = {
             module="self_attn",
             into=tuple(f"self_attn.{name}_proj" for name in "qkv"),
             out_of="self_attn.o_proj",
+            causal=True,
+            rotary="rotary_emb",
         ),
         readers={
             "self_attn.v_proj": ("self_attn.o_proj",),
@@ -174,8 +187,11 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-for _like in ("mistral", "qwen2", "qwen3"):  # Llama-like: the same names
-    FAMILIES[_like] = FAMILIES["llama"]
+_LLAMA = FAMILIES["llama"]
+for _like in ("mistral", "qwen2"):  # Llama-like: the same names
+    FAMILIES[_like] = _LLAMA
+_NORMED = replace(_LLAMA.attention, normed=("self_attn.q_norm", "self_attn.k_norm"))
+FAMILIES["qwen3"] = replace(_LLAMA, attention=_NORMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,15 +266,31 @@ def between(stack: Stack, part: Part, paths: Mapping[str, Iterable[str]]) -> dic
     return parts
 
 
-def head_features(config: Mapping[str, Any]) -> int | None:
-    """How many features an attention head of a model of this config has, or the heads together that share keys and values; None where
-    the config or the table does not tell."""
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """How many features an attention head of a model of this config has; None where the config or the table does not tell."""
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None or family.attention.heads not in config:
         return None
-    heads: int = config[family.attention.heads]
-    size: int = config.get("head_dim") or config[family.attention.width] // heads
+    return config.get("head_dim") or config[family.attention.width] // config[family.attention.heads]
+
+
+def head_features(config: Mapping[str, Any]) -> int | None:
+    """The same of all heads together that share keys and values."""
+    size = head_size(config)
+    if size is None:
+        return None
+    heads: int = config[FAMILIES[config["model_type"]].attention.heads]
     return size * heads // (config.get("num_key_value_heads") or heads)
+
+
+def known_heads(features: int | None, who: str) -> int:
+    """`features` of a head, where they are known. Raises UnsupportedModel in the name of the pass `who` where not."""
+    if features is None:
+        raise UnsupportedModel(
+            f"{who}: how many heads the model has is not known: give one of the families {', '.join(FAMILIES)}, or add its own to "
+            "stackcomp/core/families.py"
+        )
+    return features
 
 
 def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

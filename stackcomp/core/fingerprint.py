@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def source_digest(module: str) -> str:
-    """Digest of a module's source and of every module of its top package that it imports, directly or not.
+    """Digest of a module's source and of every module that it imports of its top package and of ours, directly or not.
 
     Read from the files, never by importing; a package that is imported stands for all its files.
     """
@@ -63,7 +63,7 @@ def source_digest(module: str) -> str:
         seen[name] = hashlib.sha256(text.encode()).hexdigest()
         if path.name == "__init__.py" and "." in name:
             waiting += [f"{name}.{inner.stem}" for inner in sorted(path.parent.glob("*.py")) if inner != path]
-        waiting += _imports(text, name.partition(".")[0])
+        waiting += _imports(text, (name.partition(".")[0], __name__.partition(".")[0]))
     return digest(seen)
 
 
@@ -83,12 +83,12 @@ def _file(name: str) -> Path | None:
 
 
 @cache
-def _imports(text: str, top: str) -> tuple[str, ...]:
-    """Modules of package `top` that `text` imports, inside functions too."""
+def _imports(text: str, tops: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of the packages `tops` that `text` imports, inside functions too."""
     found: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found += [item.name for item in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found += [node.module, *(f"{node.module}.{item.name}" for item in node.names)]
-    return tuple(name for name in found if name.startswith(f"{top}."))
+    return tuple(name for name in found if name.startswith(tuple(f"{top}." for top in tops)))

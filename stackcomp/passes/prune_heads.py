@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn
-from stackcomp.core.errors import UnsupportedModel
-from stackcomp.core.families import FAMILIES, Attention, Stack, attention_of
+from stackcomp.core.families import Attention, Stack, attention_of, known_heads
 from stackcomp.core.plan import Plan
 from stackcomp.pruning import NarrowingPass
 
@@ -58,12 +57,7 @@ class PruneHeads(NarrowingPass):
         return attention_of(paths)
 
     def _features(self, of_head: int | None) -> int:
-        if of_head is None:
-            raise UnsupportedModel(
-                f"PruneHeads: how many heads the model has is not known: give one of the families {', '.join(FAMILIES)}, or add its own to "
-                "stackcomp/core/families.py"
-            )
-        return of_head
+        return known_heads(of_head, self.name)
 
     def _importance(self, model: "PreTrainedModel", context: "Context") -> "Mapping[str, torch.Tensor]":
         found = super()._importance(model, context)

@@ -17,6 +17,8 @@ from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
 from stackcomp.data.batches import IGNORED_LABEL, inference_batches
 from stackcomp.data.question_answering import position_logits
+from stackcomp.training.attention import Heads, caught, depth, relation_divergence, score_error
+from stackcomp.training.settings import check_distillation
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -98,19 +100,23 @@ class TaskLoss(Loss):
 
 @dataclass(kw_only=True)
 class DistillationLoss(Loss):
-    """Follow a teacher (Hinton et al., arXiv 1503.02531; hidden states as TinyBERT, arXiv 1909.10351).
+    """Follow a teacher (Hinton et al., arXiv 1503.02531; hidden states and attention as TinyBERT, arXiv 1909.10351; relations as
+    MiniLMv2, arXiv 2012.15828).
 
-    loss = logits * L_out + labels * L_task + hidden * L_hid, with the three weights below.
+    loss = logits * L_out + labels * L_task + hidden * L_hid + attention * L_att + relations * L_rel, with the weights below.
     L_out: T^2 KL(teacher / T || student / T) over classes, next tokens, or the tokens that an answer may begin
     and end at (the mean of both), squared error for regression, and 1 - cosine of the pooled embeddings for
     plain encoders. L_hid: squared error of hidden states over real tokens relative to the teacher's energy,
-    meaned over the student's layers; student layer i of s follows teacher layer round(i t / s) of t. Where we
-    differ from TinyBERT: no projection (widths must agree), no attention maps, and the relative error puts
-    every layer on one scale. Only labels > 0 needs labelled data.
+    meaned over the student's layers; student layer i of s follows teacher layer round(i t / s) of t. L_att: the
+    same error of attention scores, before the softmax, which need as many heads in both. L_rel: KL of the
+    relations between tokens in the last layer of each, in `relation_heads` heads (see `relation_divergence`).
+    Where we differ from TinyBERT: no projection (widths must agree), and the relative error puts every layer
+    on one scale. Where we differ from MiniLMv2: it takes an earlier layer of large teachers. Only labels > 0
+    needs labelled data.
 
     cache: where outputs alone are compared and examples come by more than once, the teacher runs once over
     them before the first step; it has no dropout, so nothing is lost. Otherwise it runs beside the student, as
-    it does for next tokens and answers, whose outputs are large.
+    it does for next tokens and answers, whose outputs are large, and nothing is kept between steps.
     """
 
     teacher: nn.Module = field(repr=False)
@@ -118,21 +124,16 @@ class DistillationLoss(Loss):
     temperature: float = 2.0
     logits: float = 1.0
     hidden: float = 1.0
+    attention: float = 0.0
+    relations: float = 0.0
+    relation_heads: int | None = None
     labels: float = 0.0
     cache: bool = True
     _kept: Tensor | None = field(default=None, init=False, repr=False)
     _place: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("logits", "hidden", "labels"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)!r}: the weight of a loss must be at least 0")
-        if self.logits + self.hidden + self.labels == 0:
-            raise SettingError(
-                "logits=0, hidden=0, labels=0: one weight must be above 0, or there is nothing to learn"
-            )
-        if not self.temperature > 0:
-            raise SettingError(f"temperature={self.temperature!r} must be above 0")
+        check_distillation(self)
         self.labelled = self.labels > 0
         self._task_loss = TaskLoss(task=self.task)
 
@@ -141,7 +142,8 @@ class DistillationLoss(Loss):
         needed = sorted(set(preparation.visits))
         repeated = len(preparation.visits) >= 2 * len(needed)
         large = self.task.kind in ("language_modelling", "question_answering")
-        if not self.cache or self.hidden > 0 or large or not repeated:
+        inner = self.hidden + self.attention + self.relations
+        if not self.cache or inner > 0 or large or not repeated:
             return
         self._place = torch.full((len(preparation.lengths),), -1)
         self._place[needed] = torch.arange(len(needed))
@@ -150,7 +152,7 @@ class DistillationLoss(Loss):
         for places in preparation.progress(order, label="teacher", total=len(order)):
             batch = preparation.collate([needed[place] for place in places])
             with preparation.autocast():
-                outputs = self._of_teacher(batch)[0].cpu()
+                outputs = self._of_teacher(batch, ())[0].cpu()
             for row, place in enumerate(places):
                 # Both texts of a similarity pair are kept together.
                 kept[place] = outputs[row :: len(places)]
@@ -161,26 +163,52 @@ class DistillationLoss(Loss):
         self._kept = self._place = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        outputs = model(**_tokens(batch), output_hidden_states=self.hidden > 0)
+        followed = self._followed(model)
+        outputs, ours = self._run(model, batch, tuple(followed))
         if self._kept is not None and self._place is not None:
             kept = self._kept[self._place[batch["index"].cpu()]]
-            wanted, layers = kept.transpose(0, 1).flatten(0, 1).to(batch["input_ids"].device), ()
+            wanted, states, theirs = kept.transpose(0, 1).flatten(0, 1).to(batch["input_ids"].device), [], []
         else:
-            wanted, layers = self._of_teacher(batch)
+            wanted, states, theirs = self._of_teacher(batch, tuple(followed.values()))
+        mask = batch["attention_mask"]
         loss = torch.zeros((), device=wanted.device)
         if self.logits:
             loss = loss + self.logits * self._of_outputs(self._compared(outputs, batch), wanted, batch)
         if self.hidden:
-            loss = loss + self.hidden * _of_hidden(outputs.hidden_states, layers, batch["attention_mask"])
+            loss = loss + self.hidden * _of_hidden(outputs.hidden_states, states, mask)
+        if self.attention:
+            loss = loss + self.attention * score_error(ours, theirs, mask)
+        if self.relations:
+            divergence = relation_divergence(ours[-1], theirs[-1], mask, self.relation_heads)
+            loss = loss + self.relations * divergence
         if self.labels:
             loss = loss + self.labels * self._of_labels(outputs, batch)
         return loss
 
+    def _followed(self, model: nn.Module) -> dict[int, int]:
+        """The layers of the student whose attention is compared, from 0, each with the teacher's that it follows."""
+        if not self.attention and not self.relations:
+            return {}
+        students, teachers = depth(model), depth(self.teacher)
+        first = 0 if self.attention else students - 1
+        return {layer: _matched(layer + 1, students, teachers) - 1 for layer in range(first, students)}
+
+    def _run(self, model: nn.Module, batch: Batch, layers: Sequence[int]) -> tuple[Any, Sequence[Heads]]:
+        """The outputs of a model, and the attention heads of these layers."""
+
+        def run() -> Any:
+            return model(**_tokens(batch), output_hidden_states=self.hidden > 0)
+
+        return caught(model, layers, run) if layers else (run(), ())
+
     @torch.no_grad()
-    def _of_teacher(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+    def _of_teacher(
+        self, batch: Batch, layers: Sequence[int]
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Heads]]:
+        """What the teacher says, its hidden states where these are compared, and the attention heads of its `layers`."""
         modes = {module: module.training for module in self.teacher.modules()}
         self.teacher.eval()
-        outputs = self.teacher(**_tokens(batch), output_hidden_states=self.hidden > 0)
+        outputs, heads = self._run(self.teacher, batch, layers)
         for module, training in modes.items():
             module.training = training
         wanted = self._compared(outputs, batch)
@@ -189,7 +217,7 @@ class DistillationLoss(Loss):
                 "the teacher's outputs are not finite: look for NaN or infinite weights in the model as it "
                 "came"
             )
-        return wanted, outputs.hidden_states if self.hidden > 0 else ()
+        return wanted, outputs.hidden_states if self.hidden > 0 else (), heads
 
     def _compared(self, outputs: Any, batch: Batch) -> Tensor:
         if self.task.kind == "similarity":
@@ -221,6 +249,11 @@ class DistillationLoss(Loss):
         return self._task_loss.of_logits(_logits(outputs, batch, self.task), batch["labels"])
 
 
+def _matched(layer: int, students: int, teachers: int) -> int:
+    """The teacher's layer that a student's follows; layers count from 1, and 0 are the embeddings."""
+    return round(layer * teachers / students)
+
+
 def _of_hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -> Tensor:
     students, teachers = len(ours) - 1, len(theirs) - 1  # the first of each is the embeddings' output
     if ours[0].shape != theirs[0].shape:
@@ -231,7 +264,7 @@ def _of_hidden(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -
     real = mask.bool()
     total = torch.zeros((), device=mask.device)
     for layer in range(students + 1):
-        wanted = theirs[round(layer * teachers / students)][real].float()
+        wanted = theirs[_matched(layer, students, teachers)][real].float()
         total = total + (ours[layer][real].float() - wanted).pow(2).sum() / wanted.pow(2).sum()
     return total / (students + 1)
 

@@ -1,10 +1,12 @@
 """What a user sets of a training run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from stackcomp.core.errors import SettingError
+from stackcomp.core.settings import whole, within
 
+DISTILLED = ("logits", "hidden", "attention", "relations", "labels")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -49,3 +51,16 @@ class TrainSettings:
             raise SettingError(f"weight_decay={self.weight_decay!r} must be at least 0")
         if self.schedule not in SCHEDULES:
             raise SettingError(f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+
+
+def check_distillation(settings: Any) -> None:
+    """Refuse settings of a distillation that are out of range, and weights of which none is above 0."""
+    within("temperature", settings.temperature, 0.0, above=True)
+    weights: dict[str, float] = {name: getattr(settings, name) for name in DISTILLED}
+    for name, weight in weights.items():
+        within(name, weight, 0.0)
+    if settings.relation_heads is not None:
+        whole("relation_heads", settings.relation_heads, 1)
+    if not any(weights.values()):
+        zeros = ", ".join(f"{name}=0" for name in DISTILLED)
+        raise SettingError(f"{zeros}: one weight must be above 0, or there is nothing to learn")

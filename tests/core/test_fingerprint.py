@@ -40,3 +40,21 @@ def test_the_source_digest_follows_imports(tmp_path, monkeypatch):
     assert digest() != before
     assert "madeup.b" not in sys.modules
     fingerprint.source_digest.cache_clear()
+
+
+def test_a_pass_of_another_package_follows_what_it_imports_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "outsider.py").write_text("from stackcomp.core.settings import within\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found, other = fingerprint._file, tmp_path / "other.py"
+    other.write_text("within = print\n")
+
+    def digest():
+        fingerprint.source_digest.cache_clear()
+        return fingerprint.source_digest("outsider")
+
+    before = digest()
+    monkeypatch.setattr(
+        fingerprint, "_file", lambda name: other if name == "stackcomp.core.settings" else found(name)
+    )
+    assert digest() != before
+    fingerprint.source_digest.cache_clear()
