@@ -47,6 +47,7 @@ class Report:
             "quickstart": tables.quickstart(self.rows("quickstart")),
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
+            "kill-study": tables.kill_study(self.rows("kill_study")),
             "dsformer": dsformer.headline(self.dsformer()),
             "combined": combined.headline(self.rows(combined.NAME)),
             "factorizing": tables.factorizing(self.rows("factorizing")),

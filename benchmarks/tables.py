@@ -275,6 +275,20 @@ def kill_in_words(rows: Sequence[Row]) -> str:
     )
 
 
+def kill_study(rows: Sequence[Row]) -> str:
+    """How many kills a study went through, and whether it ended as the one that was left alone."""
+    if not rows:
+        return not_run("kill_study")
+    row = rows[-1]
+    spread = [moment["rows"] for moment in row["moments"]]
+    ended = "the same" if row["identical"] else "**not the same**"
+    return (
+        f"A {row['seconds']:.0f}-second study of {row['entries']} pipelines was killed {len(spread)} times, with {min(spread)} to "
+        f"{max(spread)} rows finished, and started again after each. What it ended with {row['ended']} times: {ended} rows as left alone, "
+        f"each once, with the same bytes. {made_by('kill_study', rows)}"
+    )
+
+
 def _yes(held: bool) -> str:
     return "yes" if held else "**no**"
 

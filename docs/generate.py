@@ -245,6 +245,7 @@ def results() -> str:
             tables.reload(REPORT.rows("reload")),
             "## Killing and resuming",
             tables.kill(REPORT.rows("kill")),
+            tables.kill_study(REPORT.rows("kill_study")),
             "## Speed of factorizing",
             tables.factorizing(REPORT.rows("factorizing")),
             "## Cost of a straight-through step",

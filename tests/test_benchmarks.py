@@ -12,6 +12,7 @@ from benchmarks import (
     command,
     factorizing,
     kill,
+    kill_study,
     pictures,
     quickstart,
     reload,
@@ -97,7 +98,7 @@ def test_a_stamp_says_what_was_run_on_what():
 
 
 @pytest.mark.parametrize(
-    "name", ["stsb", "quickstart", "reload", "kill", "factorizing", "step_cost", "report"]
+    "name", ["stsb", "quickstart", "reload", "kill", "kill_study", "factorizing", "step_cost", "report"]
 )
 def test_help(name):
     done = subprocess.run(
@@ -249,6 +250,30 @@ def test_kill_tells_same_bytes_from_others(same, rows, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count("there already") == 2
 
 
+STUDY = """
+import json, sys, time
+from pathlib import Path
+out = Path(sys.argv[2])
+rows = out / "killed.jsonl"
+(out / "begun").touch()
+for number in range(len(rows.read_text().splitlines()) if rows.exists() else 0, 4):
+    time.sleep(0.2)
+    twice = {twice} and number and out.name == "killed"
+    with rows.open("a") as file:
+        file.write(json.dumps({{"key": str(0 if twice else number), "file_sha256": "same"}}) + "\\n")
+"""
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_killed_study_is_compared_row_by_row(twice, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_study, "WORK", STUDY.format(twice=twice))
+    model = toys.make("bert")
+    model.save_pretrained(tmp_path / "model")
+    assert kill_study.run(tmp_path / "model", rows, out=tmp_path, kills=3) is not twice
+    (row,) = rows.read()
+    assert (len(row["moments"]), row["entries"], row["identical"]) == (3, 4, not twice)
+
+
 def test_kill_says_why_the_uninterrupted_run_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(kill, "WORK", "raise SystemExit('no luck')")
     with pytest.raises(RuntimeError, match="no luck"):
@@ -311,7 +336,7 @@ def test_step_cost_on_a_toy(rows, monkeypatch, capsys):
 
 def test_tables_say_so_where_nothing_has_run():
     every = (tables.stsb, tables.quickstart, tables.reload, tables.kill, tables.kill_in_words)
-    for make in (*every, tables.factorizing, tables.step_cost):
+    for make in (*every, tables.kill_study, tables.factorizing, tables.step_cost):
         assert make([]).startswith("Not run yet: `python -m benchmarks.")
 
 
@@ -324,5 +349,8 @@ def test_tables_do_not_hide_a_difference():
         {"key": "point 1", "identical": True, **point},
         {"key": "point 2", "identical": False, **point},
     ]
+    moments = [{"after_seconds": 1.0, "rows": 3}]
+    study = {"key": "study", "seconds": 9.0, "entries": 4, "moments": moments, "ended": 1, "identical": False}
+    assert "**not the same** rows" in tables.kill_study([study | common])
     assert "1 of 2 weights files" in tables.kill(rows)
     assert "**no**" in tables.kill(rows)

@@ -49,12 +49,10 @@ def products(
         yield Product(part="weight", matrix=matrices["weight"], moments=moment[None], on_rows=False)
     if not spec.factored:
         return
-    side = spec.rows if spec.transposed else spec.cols
-    blocks = side // matrices["basis"].shape[1]
 
     def diagonal(square: Tensor) -> Tensor:
         """The blocks on the diagonal, (blocks, size / blocks, size / blocks)."""
-        split = square.unflatten(1, (blocks, -1)).unflatten(0, (blocks, -1))
+        split = square.unflatten(1, (spec.blocks, -1)).unflatten(0, (spec.blocks, -1))
         return split.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     if spec.transposed:
@@ -66,6 +64,6 @@ def products(
         yield Product(part="basis", matrix=matrices["basis"], moments=between, on_rows=True)
         return
     yield Product(part="basis", matrix=matrices["basis"], moments=diagonal(moment), on_rows=False)
-    passed = torch.block_diag(*matrices["basis"].dense().float().unflatten(0, (blocks, -1)))
+    passed = torch.block_diag(*matrices["basis"].dense().float().unflatten(0, (spec.blocks, -1)))
     between = (passed @ moment @ passed.T)[None]
     yield Product(part="coefficients", matrix=matrices["coefficients"], moments=between, on_rows=False)
