@@ -14,28 +14,17 @@ from stackcomp.core.headers import plan_of as plan_of_folder
 from stackcomp.manager import plan_of
 from stackcomp.metrics.cost import bytes_of_file
 from tests import toys
+from tests.passes.coded import BLOCKS, FIRST, WORDS, coded
 from tests.passes.test_conformance import apply, manager
 
-BLOCKS = "encoder.layer.*"
-WORDS = "embeddings.word_embeddings"
 LAYER = "encoder.layer.0.output.dense"
-FIRST = [
-    None,
-    sc.DenseSparse(ratio=1.3, only=BLOCKS),
-    sc.LowRank(ratio=1.3, only=BLOCKS),
-    sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
-    sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
-]
 
 
 @pytest.mark.parametrize(("bits", "codebook"), [(2, "matrix"), (3, "row"), (5, "matrix")])
 @pytest.mark.parametrize("first", FIRST, ids=str)
 def test_the_file_holds_codes_and_codebooks_and_reloads_exactly(first, bits, codebook, tokenizer, tmp_path):
-    model = toys.bert_classifier()
-    if first is not None:
-        apply(first, model, tokenizer, tmp_path)
-    before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
-    apply(sc.ClusterWeights(bits=bits, codebook=codebook, only=(BLOCKS, WORDS)), model, tokenizer, tmp_path)
+    step = sc.ClusterWeights(bits=bits, codebook=codebook, only=(BLOCKS, WORDS))
+    model, before = coded(first, step, tokenizer, tmp_path)
     checkpoint.save(model, tmp_path / "saved", tokenizer=tokenizer)
     sizes = bytes_of_file(tmp_path / "saved" / "model.safetensors")
     for id_, handle in nn.weights(model).items():

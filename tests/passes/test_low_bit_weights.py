@@ -13,28 +13,16 @@ from stackcomp.core.headers import plan_of as plan_of_folder
 from stackcomp.manager import plan_of
 from stackcomp.metrics.cost import bytes_of_file
 from tests import toys
+from tests.passes.coded import BLOCKS, FIRST, WORDS, coded
 from tests.passes.test_conformance import apply
 
 CODINGS = {4: "int4", 3: "int3", 2: "int2", 1.6: "ternary", 1: "binary"}
-BLOCKS = "encoder.layer.*"
-WORDS = "embeddings.word_embeddings"
-FIRST = [
-    None,
-    sc.DenseSparse(ratio=1.3, only=BLOCKS),
-    sc.LowRank(ratio=1.3, only=BLOCKS),
-    sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
-    sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
-]
 
 
 def rounded(first, bits, group, tokenizer, tmp_path):
     """The toy, compressed by `first` and rounded; its weights before they were rounded."""
-    model = toys.bert_classifier()
-    if first is not None:
-        apply(first, model, tokenizer, tmp_path)
-    before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
-    apply(sc.LowBitWeights(bits=bits, group=group, only=(BLOCKS, WORDS)), model, tokenizer, tmp_path)
-    return model, before
+    step = sc.LowBitWeights(bits=bits, group=group, only=(BLOCKS, WORDS))
+    return coded(first, step, tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("bits", CODINGS)

@@ -11,26 +11,15 @@ from stackcomp.manager import plan_of
 from stackcomp.metrics.cost import bytes_of_file
 from stackcomp.ops import round_groups
 from tests import toys
+from tests.passes.coded import BLOCKS, FIRST, WORDS, coded
 from tests.passes.test_conformance import apply
 
-BLOCKS = "encoder.layer.*"
 LAYER = "encoder.layer.0.output.dense"
-FIRST = [
-    None,
-    sc.DenseSparse(ratio=1.3, only=BLOCKS),
-    sc.LowRank(ratio=1.3, only=BLOCKS),
-    sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
-    sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
-]
 
 
 @pytest.mark.parametrize("first", FIRST, ids=str)
 def test_the_file_has_half_a_byte_a_value_and_reloads_exactly(first, tokenizer, tmp_path):
-    model = toys.bert_classifier()
-    if first is not None:
-        apply(first, model, tokenizer, tmp_path)
-    before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
-    apply(sc.NF4(group=8, only=(BLOCKS, "embeddings.word_embeddings")), model, tokenizer, tmp_path)
+    model, before = coded(first, sc.NF4(group=8, only=(BLOCKS, WORDS)), tokenizer, tmp_path)
     batch = toys.batch(tokenizer)
     with torch.no_grad():
         logits = model(**batch).logits  # with bitsandbytes a product before it is saved spoils the layer
