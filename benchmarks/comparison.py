@@ -4,6 +4,7 @@ Entries are labelled with a task, a method and an asked ratio; the model that al
 interval is the half-width of a 95% interval. Only finished rows of today's declarations count.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from stackcomp.studies import Entry, Study
 from stackcomp.studies.rows import Row
 
 DENSE = ("dense", 1.0)
+DRAWS = 1000  # of pairs of task and seed, for an interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,18 @@ class Ratio:
     value: float | None = None
     score: float | None = None
     why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equal:
+    """Compression of one method over that of another at equal mean score: the ratio, and the interval of 95% of the draws of `count`
+    pairs of task and seed that have a figure, which are the share `drawn`."""
+
+    ratio: Ratio
+    low: float
+    high: float
+    drawn: float
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +187,43 @@ class Comparison:
 
     def curve(self, task: str, method: str) -> Curve:
         """The means over seeds of a method's ratios; empty unless all of them have rows."""
-        asked = [ratio for ratio in self.ratios if method in self.methods(ratio)]
-        cells = [self.cell(task, method, ratio) for ratio in asked]
+        cells = [self.cell(task, method, ratio) for ratio in self._asked(method)]
         if not all(cell.rows for cell in cells):
             return Curve(points=())
         return Curve(points=sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells))
+
+    def shared(self, methods: Sequence[str]) -> list[tuple[str, int]]:
+        """The pairs of task and seed for which all these methods have rows at all their ratios."""
+        found = [set(self._points(method, ratio)) for method in methods for ratio in self._asked(method)]
+        return sorted(set.intersection(*found))
+
+    def mean_curve(self, method: str, pairs: Sequence[tuple[str, int]]) -> Curve:
+        """The means over tasks of the means over seeds, of these pairs of task and seed, which may repeat."""
+        counts = Counter(task for task, _ in pairs)
+        weights = [1 / (len(counts) * counts[task]) for task, _ in pairs]
+        if not pairs:
+            return Curve(points=())
+        found = [self._points(method, ratio) for ratio in self._asked(method)]
+        means = [np.average([points[pair] for pair in pairs], axis=0, weights=weights) for points in found]
+        return Curve(points=sorted((float(compression), float(score)) for compression, score in means))
+
+    def _asked(self, method: str) -> list[float]:
+        """The ratios at which a method is to run."""
+        return [ratio for ratio in self.ratios if method in self.methods(ratio)]
+
+    def _points(self, method: str, ratio: float) -> dict[tuple[str, int], tuple[float, float]]:
+        """Encoder compression and score by task and seed."""
+        return self._table.get((method, ratio), {})
+
+    @cached_property
+    def _table(self) -> dict[tuple[str, float], dict[tuple[str, int], tuple[float, float]]]:
+        """The same by method and ratio."""
+        found: dict[tuple[str, float], dict[tuple[str, int], tuple[float, float]]] = {}
+        for row in self.finished:
+            labels = row["labels"]
+            points = found.setdefault((labels["method"], labels["ratio"]), {})
+            points[labels["task"], row["seed"]] = (row["layer_compression"], row["score"])
+        return found
 
     def _pairs(self, task: str, first: tuple[str, float], second: tuple[str, float]) -> list[tuple[Row, Row]]:
         """Rows of the two with the same seed."""
@@ -185,8 +231,9 @@ class Comparison:
         return [(row, others[row["seed"]]) for row in self.cell(task, *first).rows if row["seed"] in others]
 
 
-def at_equal_score(first: Curve, second: Curve) -> Ratio:
-    """Compression of `first` over that of `second` in the middle of the scores that both reach."""
+def at_equal_score(first: Curve, second: Curve, *, lowest: bool = False) -> Ratio:
+    """Compression of `first` over that of `second` in the middle of the scores that both reach, or at the lowest one: that which
+    the better of the two has at its highest compression."""
     if not first.points or not second.points:
         return Ratio(why="not run yet")
     if not (first.falls and second.falls):
@@ -198,15 +245,28 @@ def at_equal_score(first: Curve, second: Curve) -> Ratio:
     if high < other_low:
         bound = first.points[0][0] / second.points[-1][0]
         return Ratio(why=f"no figure: the curves share no score; below {bound:.2f}")
-    score = (max(low, other_low) + min(high, other_high)) / 2
+    score = max(low, other_low)
+    score = score if lowest else (score + min(high, other_high)) / 2
     return Ratio(value=first.compression(score) / second.compression(score), score=score)
 
 
-def geometric_mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """The geometric mean and the ends of its t-interval; of one value, an interval without ends."""
-    logs = [log(value) for value in values]
-    half = _t_half(logs) if len(logs) > 1 else inf
-    return exp(fmean(logs)), exp(fmean(logs) - half), exp(fmean(logs) + half) if half < inf else inf
+def at_equal_mean(found: Comparison, first: str, second: str, *, lowest: bool = False) -> Equal:
+    """Compression of the method `first` over that of `second` at equal mean score over the tasks (see `at_equal_score`)."""
+    pairs = found.shared([first, second])
+
+    def ratio(drawn: Sequence[tuple[str, int]]) -> Ratio:
+        curves = found.mean_curve(first, drawn), found.mean_curve(second, drawn)
+        return at_equal_score(*curves, lowest=lowest)
+
+    chance = np.random.default_rng(0)
+    draws = [
+        ratio([pairs[place] for place in chance.integers(len(pairs), size=len(pairs))]) for _ in range(DRAWS)
+    ]
+    values = [draw.value for draw in draws if draw.value is not None]
+    low, high = np.percentile(values, [2.5, 97.5]) if len(pairs) > 1 and values else (0.0, inf)
+    return Equal(
+        ratio=ratio(pairs), low=float(low), high=float(high), drawn=len(values) / DRAWS, count=len(pairs)
+    )
 
 
 def _t_half(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from benchmarks.command import ROOT
-from benchmarks.comparison import DENSE, Cell, Comparison, Estimate, at_equal_score, geometric_mean
+from benchmarks.comparison import DENSE, Cell, Comparison, Equal, Estimate, at_equal_mean, at_equal_score
 from benchmarks.tables import command, not_run, plus_minus, table
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
@@ -145,23 +145,16 @@ def _sentence(what: str, gap: Estimate | None, tasks: int) -> str:
 
 
 def _against_low_rank(found: Comparison) -> list[str]:
-    """The compression of STF over that of low rank at equal score, a line a task, and their mean."""
+    """The compression of STF over that of low rank at equal score, a line a task, and that at equal mean score."""
     rival = LOW_RANK[0]
     ratios = {task: at_equal_score(found.curve(task, STF), found.curve(task, rival)) for task in found.tasks}
     lines = [
         f"- {TASKS[task]}: {f'{ratio.value:.2f} (at a score of {ratio.score:.2f})' if ratio.value else ratio.why}."
         for task, ratio in ratios.items()
     ]
-    values = [ratio.value for ratio in ratios.values() if ratio.value]
-    if values:
-        mean, low, high = geometric_mean(values)
-        if len(values) == 1:
-            interval, verdict = "no interval: one task", "how much of it is noise is not known"
-        else:
-            interval = f"{low:.2f} to {high:.2f}, t-interval over {len(values)} tasks"
-            verdict = "within the noise" if low <= 1 <= high else ("more" if mean > 1 else "**less**")
-            verdict += "" if low <= 1 <= high else " compression than low rank, beyond the noise"
-        lines.append(f"- Geometric mean of the tasks with a figure: **{mean:.2f}** ({interval}): {verdict}.")
+    lines.append(f"- Mean score of the tasks: {_equal(at_equal_mean(found, STF, rival))}")
+    lowest = _equal(at_equal_mean(found, STF, rival, lowest=True))
+    lines.append(f"- The same at the lowest score that both reach: {lowest}")
     return [
         f"Encoder compression of {_spoken(STF)} over that of {_spoken(rival)} at equal score, along the curves through "
         "their ratios (linear in the logarithm of compression), in the middle of the scores that both reach; above 1, "
@@ -169,6 +162,19 @@ def _against_low_rank(found: Comparison) -> list[str]:
         "\n".join(lines),
         *_better_low_rank(found, rival),
     ]
+
+
+def _equal(found: Equal) -> str:
+    """A compression at equal mean score, what it rests on, and whether it is more than noise."""
+    if found.ratio.value is None:
+        return f"{found.ratio.why}."
+    figure = f"**{found.ratio.value:.2f}** (at a score of {found.ratio.score:.2f}, {found.count} pairs of task and seed)"
+    if found.count < 2:
+        return f"{figure}: how much of it is noise is not known."
+    noise = found.low <= 1 <= found.high
+    verdict = "more" if found.ratio.value > 1 else "**less**"
+    verdict = "within the noise" if noise else f"{verdict} compression than low rank, beyond the noise"
+    return f"{figure}, {found.low:.2f} to {found.high:.2f} in 95% of the {found.drawn:.0%} of draws of pairs with a figure: {verdict}."
 
 
 def _better_low_rank(found: Comparison, rival: str) -> list[str]:

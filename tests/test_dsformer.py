@@ -1,6 +1,7 @@
 """What a reader sees of the DSFormer study, from rows made up for it; and the recipe for SQuAD on toys."""
 
 import random
+from math import log2
 
 import pytest
 
@@ -224,7 +225,6 @@ def test_what_is_worse_is_printed_as_worse_and_noise_as_noise():
 
 def low_rank_in_words(losses, slope=1.0):
     """The lines on low rank, where a method loses `losses` and `slope` points more for each doubling."""
-    from math import log2
 
     def score(entry):
         method, ratio = entry.labels["method"], entry.labels["ratio"]
@@ -236,19 +236,38 @@ def low_rank_in_words(losses, slope=1.0):
 def test_the_ratio_to_low_rank_and_the_low_rank_that_has_no_curve():
     better = low_rank_in_words({"data-aware SVD": 0.5, "SVD": 0.6, "FWSVD": 0.2}, slope=1.0)
     assert "STS-B: 1.41 (at a score of " in better
-    assert "**1.41** (1.41 to 1.41, t-interval over 4 tasks): more compression than low rank" in better
+    assert "- Mean score of the tasks: **1.41** (at a score of " in better
+    assert "1.41 to 1.41 in 95% of the 100% of draws of pairs with a figure: more compression" in better
     assert "FWSVD, which was run at 2.8x only, scored +0.30" in better
     assert "\nSVD, which" not in better
     worse = low_rank_in_words({"STF": 0.5})
-    assert "**0.71** (0.71 to 0.71, t-interval over 4 tasks): **less** compression than low rank" in worse
-    assert "Geometric mean" not in low_rank_in_words({"data-aware SVD": 5.0})
+    assert "0.71 to 0.71 in 95% of the 100% of draws of pairs with a figure: **less** compression" in worse
+    assert "Mean score of the tasks: no figure" in low_rank_in_words({"data-aware SVD": 5.0})
 
 
-def test_geometric_mean():
-    assert comparison.geometric_mean([2.0]) == (pytest.approx(2.0), 0.0, float("inf"))
-    mean, low, high = comparison.geometric_mean([1.0, 4.0])
-    assert mean == pytest.approx(2.0)
-    assert low < 1 < 4 < high
+def test_the_mean_over_tasks_rests_on_what_both_have():
+    def score(entry):
+        task = STARTS[entry.labels["task"]]
+        return task - log2(entry.labels["ratio"]) - 0.5 * (entry.labels["method"] == "data-aware SVD")
+
+    some = compared(score, only=lambda entry: entry.key != "stsb/STF/2/0")
+    assert (
+        len(some.shared(["STF", "data-aware SVD"])) == len(compared().shared(["STF", "data-aware SVD"])) - 1
+    )
+    found = comparison.at_equal_mean(some, "STF", "data-aware SVD")
+    assert found.ratio.value == pytest.approx(2**0.5)
+    assert found.low == pytest.approx(found.high) == pytest.approx(2**0.5)
+
+    def steeper(entry):
+        slope = 1.5 if entry.labels["method"] == "data-aware SVD" else 1.0
+        return 80.0 - slope * log2(entry.labels["ratio"])
+
+    lowest = comparison.at_equal_mean(compared(steeper), "STF", "data-aware SVD", lowest=True).ratio
+    assert lowest.score == pytest.approx(80.0 - log2(3.57))
+    assert lowest.value == pytest.approx(3.57 / 3.57 ** (1 / 1.5))
+    alone = compared(score, only=lambda entry: entry.labels["task"] == "mrpc" and entry.seed == 0)
+    found = comparison.at_equal_mean(alone, "STF", "data-aware SVD")
+    assert (found.count, found.low, found.high) == (1, 0.0, float("inf"))
 
 
 # picture
