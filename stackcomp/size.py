@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from stackcomp.core import contract
+from stackcomp.core import coding, contract, headers
 from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.families import stack_of
 from stackcomp.core.passes import Pass
@@ -23,8 +23,7 @@ from stackcomp.core.spec import WeightSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+DTYPES = {name: dtype for dtype, name in headers.CODINGS.items()} | {"int8": "I8"}
 ORDER = ("F32", "BF16", "F16", "I8", "U8")  # in which safetensors writes tensors, then by name
 
 
@@ -72,7 +71,7 @@ class _Tensor:
     @property
     def size_bytes(self) -> int:
         """Bytes of its values."""
-        return ITEM_BYTES[self.dtype] * prod(self.shape)
+        return coding.width(self.dtype) // 8 * prod(self.shape)
 
 
 def sizes(pipeline: Pipeline | Pass, model: "PreTrainedModel") -> list[Size]:
@@ -199,12 +198,12 @@ def _tensors(weight: _Weight) -> list[_Tensor]:
 
     def of(spec: WeightSpec) -> Iterator[_Tensor]:
         for part, matrix in spec.matrices.items():
-            coding = DTYPES.get(matrix.coding, "U8")
+            dtype = DTYPES.get(matrix.coding, "U8")
             if spec.plain:
-                yield _Tensor(weight.prefix, f"{spec.id}.weight", coding, (matrix.rows, matrix.cols))
+                yield _Tensor(weight.prefix, f"{spec.id}.weight", dtype, (matrix.rows, matrix.cols))
                 return
             path = f"{spec.id}.{part}"
-            yield _Tensor(weight.prefix, f"{path}.values", coding, matrix.values_shape)
+            yield _Tensor(weight.prefix, f"{path}.values", dtype, matrix.values_shape)
             if matrix.index_bytes:
                 yield _Tensor(weight.prefix, f"{path}.support", "U8", (matrix.index_bytes,))
             if matrix.integers:

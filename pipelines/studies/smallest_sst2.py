@@ -25,7 +25,7 @@ def rounded(bits: float) -> sc.Pass:
         group=128,
         only=(LAYERS, "pooler"),
         epochs=100,
-        steps=400,
+        steps=1200,
         learning_rate=2e-4,
         frozen=FROZEN,
     )
@@ -37,12 +37,13 @@ search = sc.Search(
     task=tuned.task,
     loss=1.0,
     passes={
-        "vocabulary": [sc.PruneVocabulary(least=least) for least in (1, 3, 6)],
+        "vocabulary": [sc.PruneVocabulary(least=least) for least in (1, 6, 20)],
         "depth": [sc.DropLayers(keep=keep) for keep in (5, 4, 3)],
         "tables": [sc.LowBitWeights(bits=bits, group=64, only=TABLES) for bits in (4, 3, 2)],
         "layers": [rounded(bits) for bits in (3, 2, 1.6)],
         "coding": sc.EntropyCode(),
     },
     pipelines=16,
-    rungs=(sc.Rung(examples=500, steps=0.1), sc.Rung(examples=1500, steps=0.4), sc.Rung(examples=3000)),
+    rungs=(sc.Rung(examples=500, steps=0.1), sc.Rung(examples=1500, steps=0.33), sc.Rung(examples=3000)),
+    keep=0.3,
 )

@@ -64,7 +64,7 @@ def expand(path: Path, entries: Mapping[str, Any], start: int, target: Path) -> 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     names = sorted(
-        entries.keys() - {LISTING}, key=lambda name: (-_width(entries[name]["dtype"]), name)
+        entries.keys() - {LISTING}, key=lambda name: (-width(entries[name]["dtype"]), name)
     )  # aligned
     tensors = {name: entries[name] for name in names}
     for name, entry in tensors.items():
@@ -87,7 +87,7 @@ def expand(path: Path, entries: Mapping[str, Any], start: int, target: Path) -> 
                 raise CheckpointError(f"{path}: {name} is {error}; copy or save it again") from error
 
 
-def _width(dtype: str) -> int:
+def width(dtype: str) -> int:
     """Bits of a value: 16 of BF16."""
     return int("".join(filter(str.isdigit, dtype)) or 8)
 

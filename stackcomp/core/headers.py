@@ -17,7 +17,7 @@ from stackcomp.core.plan import Plan
 from stackcomp.core.selection import nearest
 from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
 
-_CODINGS: dict[str, Coding] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CODINGS: dict[str, Coding] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -132,7 +132,7 @@ def _dense(path: str, entry: Mapping[str, Any], family: Family) -> WeightSpec:
     if any(fnmatchcase(path, glob) for glob in family.stored_transposed):
         rows, cols = cols, rows
     embedding = any(fnmatchcase(path, glob) for glob in family.embeddings)
-    coding = _CODINGS.get(entry["dtype"])
+    coding = CODINGS.get(entry["dtype"])
     if coding is None:
         raise UnsupportedModel(
             f"{path}: dtype {entry['dtype']} cannot be compressed; give a model in F32, BF16 or F16"

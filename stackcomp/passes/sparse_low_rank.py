@@ -40,8 +40,8 @@ class SparseLowRank(Pass):
     Later passes reach the three matrices as they do others: values can be rounded, and trained with the support left alone.
 
     Where we differ from the paper: S keeps the largest entries of the whole matrix, not as many in each row; the best rank r is followed
-    by a step of the power method an iteration, which was measured within 0.3% of a new decomposition each time; 40 iterations, after
-    which 40 more took 1 to 3% off the error; and all layers are calibrated at once, on the model as this pass finds it.
+    by a step of the power method an iteration, in place of a new decomposition; and all layers are calibrated at once, on the model as
+    this pass finds it.
     """
 
     ratio: float = 2.0
