@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import combined, dsformer, stacked, tables  # noqa: E402
+from benchmarks import combined, dsformer, dsformer_more, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -238,8 +238,6 @@ def results() -> str:
             ),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
-            "## DSFormer on top of other techniques",
-            stacked.section(REPORT.rows("stacked")),
             "## Reloading",
             "Logits in the process that made the model, before it was written, against those of a new process.",
             tables.reload(REPORT.rows("reload")),
@@ -256,8 +254,20 @@ def results() -> str:
 
 
 def dsformer_study() -> str:
-    """DSFormer against everything it is compared with."""
-    return dsformer.page(REPORT.dsformer(), picture("dsformer"))
+    """DSFormer against everything it is compared with, on top of it, in few bits, its options, and on a decoder."""
+    return "\n\n".join(
+        [
+            dsformer.page(REPORT.dsformer(), picture("dsformer")),
+            "## On top of other techniques",
+            stacked.section(REPORT.rows("stacked")),
+            "## In few bits",
+            dsformer_more.low_bit(REPORT.rows("low_bit")),
+            "## Options of STF",
+            dsformer_more.options(REPORT.rows("options")),
+            "## A decoder",
+            dsformer_more.decoder(REPORT.rows("decoder")),
+        ]
+    )
 
 
 def combination_study() -> str:
