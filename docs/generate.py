@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ def passes() -> str:
             [f"`{field.name}`", f"`{_type(field.type)}`", f"`{getattr(default, field.name)!r}`"]
             for field in fields(cls)
         ]
-        above = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
+        above = [base for base in cls.__mro__[1:] if is_dataclass(base) and base is not Pass]
         parts += [
             f"## {name}",
             *(_settings_marked(inspect.cleandoc(part.__doc__ or ""), cls) for part in (cls, *above)),
@@ -130,7 +130,7 @@ def passes() -> str:
     return "\n\n".join(parts)
 
 
-def _settings_marked(text: str, cls: type[Pass]) -> str:
+def _settings_marked(text: str, cls: type) -> str:
     """A docstring in which the settings that it explains (`only, skip: ...`) stand out."""
     names = {field.name for field in fields(cls)}
 

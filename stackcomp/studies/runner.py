@@ -43,8 +43,8 @@ class Runner:
     """Runs `study` into `rows`, with `out` as its working folder, which several processes may share.
 
     only: globs on the keys of the entries to run, all of them when there is none. minutes: after so many no
-    further entry is started. tell: takes each line of progress. lost: finished entries whose result was wanted
-    again and could not be made.
+    further entry is started. kept: keys of entries whose result stays, for studies to come. tell: takes each line of
+    progress. lost: finished entries whose result was wanted again and could not be made.
     """
 
     study: Study
@@ -52,6 +52,7 @@ class Runner:
     out: Path
     only: tuple[str, ...] = ()
     minutes: float | None = None
+    kept: frozenset[str] = frozenset()
     tell: Callable[[str], None] = say
     lost: set[str] = field(default_factory=set[str], init=False)
 
@@ -289,7 +290,7 @@ class Runner:
         marks = {mark for entry in open_ for mark in self._chain(entry)}
         sources = {entry.parent.key for entry in open_ if entry.parent is not None}
         for entry in self.study.entries:
-            if entry.key in keys:
+            if entry.key in keys | self.kept:
                 continue
             for name, mark in zip(entry.steps, self._chain(entry), strict=False):
                 if name not in names and mark not in marks:

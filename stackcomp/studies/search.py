@@ -244,11 +244,13 @@ class _Walk:
 
     def run(self, entries: Sequence[Entry]) -> dict[str, Row]:
         """The rows of `entries`, finished or failed, by key."""
-        study = Study(name=self._asked.name, entries=(*line_of(self._asked.model), *entries))
+        line = line_of(self._asked.model)
+        study = Study(name=self._asked.name, entries=(*line, *entries))
         keys = {entry.key for entry in entries}
         known = {row["key"]: row for row in self._rows.read()}
         if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
-            Runner(study=study, rows=self._rows, out=self._out, tell=self._tell).go()
+            kept = frozenset(entry.key for entry in line)  # all rungs start from it
+            Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
         return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
 
     def _entry(self, choice: Choice, rung: Rung, place: int) -> Entry:

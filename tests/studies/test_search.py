@@ -85,6 +85,18 @@ def test_the_best_of_a_rung_go_on_and_the_rows_are_enough_to_go_on_elsewhere(
     assert len(applied()) < 2 * count
 
 
+def test_the_model_that_all_batches_and_rungs_start_from_is_made_once(go, folder, monkeypatch):
+    monkeypatch.setattr(searching, "BATCH", 2)
+    tuned = sc.Entry(
+        key="tuned",
+        model=folder,
+        task=toys.classification_task(),
+        pipeline=sc.Pipeline(Train(steps=3, batch_size=4)),
+    )
+    go(asked(tuned, passes={"prune": PASSES["prune"], "int8": Round()}, pipelines=5))
+    assert sum("Train" in name for name in applied()) == 1
+
+
 def test_within_a_size_it_is_the_best_score(go, folder):
     few = {"prune": PASSES["prune"], "int8": Round()}
     free, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
