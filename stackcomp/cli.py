@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
         return 0
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        print(f"stackcomp: {error}: give another place, or the right to write there", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -107,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of each worker (default: what its share of the cores is; on Ray 1)",
     )
     command.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
+    command.add_argument(
+        "--resume", action="store_true", help="what a study does anyway: what has a row is not run again"
+    )
     command.add_argument(
         "--replay",
         metavar="KEY",
@@ -309,7 +315,10 @@ def _show(options: argparse.Namespace) -> int:
         raise CheckpointError(
             f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote"
         )
-    found = ledger.read(path.read_text("utf8"))
+    try:
+        found = ledger.read(path.read_text("utf8"))
+    except (CheckpointError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
     return 0
 
@@ -342,6 +351,10 @@ def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:
     pipeline = found["pipeline"]
     if isinstance(pipeline, Pass):
         return Pipeline(pipeline)
+    if isinstance(pipeline, Pipeline) and not len(pipeline):
+        raise PipelineFileError(
+            f"{file}: the pipeline holds no pass: write stackcomp.Pipeline(Pass(...), ...)"
+        )
     if not isinstance(pipeline, Pipeline):
         raise SettingError(
             f"{file}: pipeline={pipeline!r} is no Pipeline: write pipeline = stackcomp.Pipeline(...)"

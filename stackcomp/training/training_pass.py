@@ -3,6 +3,7 @@
 Imported by pass files at their top, so torch is imported only where a pass is applied.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from stackcomp import nn
 from stackcomp.core.contract import Need
 from stackcomp.core.facts import INTEGERS
 from stackcomp.core.passes import Findings, Pass
-from stackcomp.core.selection import Globs, chooses
+from stackcomp.core.selection import Globs, all_match, chooses
 from stackcomp.core.settings import within
 from stackcomp.training.settings import TrainSettings
 
@@ -49,6 +50,11 @@ class TrainingPass(TrainSettings, Pass):
         """Whether the parameter of this name, relative to the base model, is trained."""
         return chooses(name, only=self.only, skip=self.skip)
 
+    @property
+    def _parameter_globs(self) -> dict[str, Globs]:
+        """The settings that this follows from, by name."""
+        return {"only": self.only, "skip": self.skip}
+
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         return {} if self.epochs == 0 else self._train(model, context, self._loss(context))
 
@@ -64,6 +70,8 @@ class TrainingPass(TrainSettings, Pass):
 
         assert context.task is not None
         assert context.tokenizer is not None
+        named = itertools.chain(model.named_modules(), model.named_parameters())
+        all_match((nn.relative(model, name) for name, _ in named), **self._parameter_globs)
         report = training.train(
             model,
             task=context.task,
@@ -107,6 +115,8 @@ class LearnedForm(TrainingPass):
     hidden: float = 1.0
     dropout: bool = False
 
+    globs: ClassVar[tuple[str, ...]] = ("only", "skip", "frozen")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         within("temperature", self.temperature, 0.0, above=True)
@@ -118,6 +128,10 @@ class LearnedForm(TrainingPass):
 
     def _learns(self, name: str) -> bool:
         return chooses(name, only=None, skip=self.frozen)
+
+    @property
+    def _parameter_globs(self) -> dict[str, Globs]:
+        return {"frozen": self.frozen}
 
     def _loss(self, context: "Context") -> "Loss":
         from stackcomp import training

@@ -12,7 +12,7 @@ from stackcomp.studies import Rows
 from stackcomp.studies import search as searching
 from stackcomp.studies.search import search
 from tests import toys
-from tests.studies.counted import Prune, Round, Train, applied
+from tests.studies.counted import Broken, Prune, Round, Train, applied
 
 RUNGS = (sc.Rung(examples=6, steps=0.5), sc.Rung())
 PASSES = {
@@ -116,6 +116,19 @@ def test_what_no_contract_allows_is_not_tried_and_what_fails_costs_too_much(go, 
     assert mine.cost({"error": {}}) == float("inf")
 
 
+def test_what_is_always_in_is_in_every_pipeline(go, folder):
+    _, rows = go(asked(folder, pipelines=50, always=("prune", "int8"), rungs=(sc.Rung(examples=4),)))
+    passes = {tuple(row["labels"]["passes"]) for row in rung(rows, 1)}
+    assert passes == {("prune", "int8"), ("prune", "tune", "int8")}
+
+
+def test_a_rung_in_which_all_fail_ends_the_search(go, folder):
+    broken = asked(folder, passes={"broken": Broken(sparsity=0.5)}, pipelines=1)
+    with pytest.raises(StudyRefused, match=r"every pipeline of a rung failed; see .*toy\.jsonl"):
+        go(broken)
+    assert applied() == []
+
+
 def test_a_lower_perplexity_is_no_loss(folder):
     mine = asked(folder, loss=1.0)
     better, worse = (
@@ -143,6 +156,7 @@ def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
         ({"keep": 0.0}, "keep=0.0"),
         ({"pipelines": 0}, "pipelines=0"),
         ({"passes": {}}, "holds no technique"),
+        ({"always": ("prun",)}, "always='prun' is not known"),
     ],
 )
 def test_bad_settings_are_refused_at_once(folder, settings, said):
