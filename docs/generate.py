@@ -25,7 +25,12 @@ REPORT = Report(root=ROOT)
 CATALOGUE = ROOT / "pipelines" / "studies" / "catalogue.py"
 PUBLIC = {
     "Running": ["stackcomp.manager.PassManager", "stackcomp.manager.Measuring", "stackcomp.manager.Result"],
-    "Judging and loading": ["stackcomp.manager.check", "stackcomp.checkpoint.load", "stackcomp.parse"],
+    "Checking and loading": [
+        "stackcomp.manager.check",
+        "stackcomp.size.sizes",
+        "stackcomp.checkpoint.load",
+        "stackcomp.parse",
+    ],
     "Pipelines and passes": [
         "stackcomp.core.pipeline.Pipeline",
         "stackcomp.core.passes.Pass",
@@ -39,6 +44,7 @@ PUBLIC = {
         "stackcomp.studies.Entry",
         "stackcomp.studies.combinations",
         "stackcomp.studies.Search",
+        "stackcomp.studies.search.search",
         "stackcomp.studies.Rung",
     ],
     "The ledger": [

@@ -2,7 +2,7 @@
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
 disk, an entry of a study) or a search reaches no goal, 130 when interrupted. Results go to standard output, messages to standard
-error. Torch is imported by `run`, `study` and `search` only.
+error. Torch is imported by `run`, `study`, `search` and `check --size` only.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model", metavar="DIR", help="a folder or hub name, in place of the file's model")
     command.add_argument(
-        "--size", action="store_true", help="foretell the bytes of the weights file after every pass"
+        "--size", action="store_true", help="predict the bytes of the weights file after every pass"
     )
     command.set_defaults(command=_check)
 
@@ -176,7 +176,7 @@ def _check(options: argparse.Namespace) -> int:
     model = options.model or found.get("model")
     against = model if isinstance(model, str | Path) else None
     plans = check(pipeline, against)
-    foretold = _foretold(pipeline, against, found.get("task"), options.file) if options.size else []
+    predicted = _predicted(pipeline, against, found.get("task"), options.file) if options.size else []
     weights = len(plans[-1].weights)
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
     for index, step in enumerate(pipeline.flat()):
@@ -184,12 +184,12 @@ def _check(options: argparse.Namespace) -> int:
             "trains the whole model" if not step.contract.selects else _count(step.selected(plans[index]))
         )
         print(f"  {index + 1}. {step}: {chosen}")
-    for line in foretold:
+    for line in predicted:
         print(line)
     return 0
 
 
-def _foretold(pipeline: Pipeline, model: str | Path | None, task: Any, file: Path) -> list[str]:
+def _predicted(pipeline: Pipeline, model: str | Path | None, task: Any, file: Path) -> list[str]:
     """A line for every size of the file, and for why it is not known to the byte."""
     if model is None:
         raise PipelineFileError(

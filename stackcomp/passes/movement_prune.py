@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stackcomp.core.context import Context
     from stackcomp.training.scores import ScoredMask
 
-ROUNDING = 64  # values a weight, by which sizes foretold for even shares make up for bytes and groups that are not full
+ROUNDING = 64  # values a weight, by which sizes predicted for even shares make up for bytes and groups that are not full
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
