@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import stackcomp as sc
 from stackcomp import checkpoint, nn
-from stackcomp.core.errors import PipelineRefused, SettingError, UnreachableRatio
+from stackcomp.core.errors import PipelineRefused, SettingError, UnreachableRatio, UnsupportedModel
 from stackcomp.core.spec import MatrixSpec, WeightSpec
 from tests import toys
 from tests.passes.test_conformance import apply, manager
@@ -153,6 +153,8 @@ def test_a_tied_embedding_is_one_sum_for_both(tokenizer, tmp_path):
     batch = toys.batch(tokenizer)
     with torch.no_grad():
         assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
+    with pytest.raises(UnsupportedModel, match="Kronecker products, are not stored side by side"):
+        nn.keep_words(model, range(10))
 
 
 def test_small_layers_are_left_dense(model, tokenizer, tmp_path):
