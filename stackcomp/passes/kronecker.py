@@ -35,12 +35,12 @@ class Kronecker(Pass):
 
     ratio: dense bytes / stored bytes of each layer, at least 1, where 1 does nothing; tile: (c, d), which must divide the rows and columns
     of every selected weight; None takes for each weight the tile of the least error among those of which one side is 1 or a whole side of
-    W. Of these, whole rows (1, m) and whole columns (n, 1) are not tried: they make it the plain SVD, LowRank(data_aware=False), which
-    mostly has less error than all others.
+    W, as the best of trained weights are. Of these, whole rows (1, m) and whole columns (n, 1) are not tried: they make it the plain SVD,
+    LowRank(data_aware=False), which mostly has less error than all others.
 
     A layer computes the sum of A_k X B_k^T, X its inputs as m/d x d, or puts W together at every call, with r nm multiplications,
-    whichever takes fewer: it saves bytes, not time. Its values can be pruned, rounded and trained later; passes that look at what flows
-    into a product refuse it.
+    whichever takes fewer: it saves bytes, and is mostly slower than the dense product. Its values can be pruned, rounded and trained
+    later; passes that look at what flows into a product refuse it.
 
     Where we differ from the paper: it takes one product of a given shape, for embeddings too, and trains it by distillation in two stages.
     """
