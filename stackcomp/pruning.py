@@ -94,7 +94,12 @@ class CalibratedPruningPass(PruningPass):
 
     @property
     def contract(self) -> Contract:
-        return replace(super().contract, needs=frozenset({Need.CALIBRATION} if self.sparsity else ()))
+        asked = super().contract
+        return replace(
+            asked,
+            forbids=asked.forbids | {Fact.KRONECKER},
+            needs=frozenset({Need.CALIBRATION} if self.sparsity else ()),
+        )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         super().examine(weights)

@@ -26,6 +26,7 @@ def compress(model):
         lambda id_: dense_sparse(model, id_, transposed=False),
         lambda id_: (dense_sparse(model, id_, transposed=True), nn.quantize(model, id_, dynamic=False)),
         lambda id_: split(model, id_),
+        lambda id_: tile(model, id_),
     ]
     for place, id_ in enumerate(linear_ids(model)):
         forms[place % len(forms)](id_)
@@ -55,6 +56,18 @@ def split(model, id_):
     weight = nn.weights(model)[id_].dense()
     basis, coefficients = torch.ones(2, weight.shape[1]) / 8, torch.ones(len(weight), 2) / 8
     nn.split(model, id_, rest=weight, kept=weight > 0, basis=basis, coefficients=coefficients)
+
+
+def tile(model, id_):
+    spec = nn.weights(model)[id_].spec
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(2, spec.rows, spec.cols // 4, generator=generator) / 4
+    nn.tile(model, id_, basis=torch.randn(2, 1, 4, generator=generator), coefficients=coefficients)
+
+
+def a_tiled(ours):
+    """The description of a weight that is a sum of Kronecker products."""
+    return next(weight for weight in ours["weights"].values() if "tile" in weight)
 
 
 def a_sum(ours):
@@ -218,6 +231,13 @@ def test_a_newer_format_is_refused(saved):
         lambda ours: a_sum(ours)["weight"].update(cols=17),
         lambda ours: a_sum(ours)["basis"].update(cols=17),
         lambda ours: a_sum(ours)["coefficients"].update(cols=17),
+        lambda ours: a_tiled(ours).update(tile=[2, 4]),
+        lambda ours: a_tiled(ours).update(tile=[-1, -4]),
+        lambda ours: a_tiled(ours).update(tile=[4]),
+        lambda ours: a_tiled(ours).update(tile="14"),
+        lambda ours: a_tiled(ours).update(transposed=True),
+        lambda ours: a_tiled(ours).pop("tile"),
+        lambda ours: a_tiled(ours)["matrices"]["basis"].update(rows=3),
     ],
 )
 def test_a_damaged_description_is_refused(saved, change):

@@ -25,6 +25,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "low rank, 2x", sc.LowRank(ratio=2.0, sensitivity=False, **text)
     yield "FWSVD, 2x", sc.FWSVD(ratio=2.0, **text)
     yield "ASVD, 2x", sc.ASVD(ratio=2.0, **text)
+    yield "Kronecker, 2x", sc.Kronecker(ratio=2.0, **layers)
     yield "sparse plus low rank, 2x", sc.SparseLowRank(ratio=2.0, **text)
     for sparsity in (0.5, "2:4"):
         yield f"magnitude pruning, {sparsity}", sc.MagnitudePrune(sparsity=sparsity, **layers)

@@ -7,7 +7,9 @@ A logical weight W (`rows` x `cols`, output features x input features) is stored
   (`transposed=True`): matrices `coefficients` (S, n x blocks*b) and `basis` (D, blocks*b x g), b atoms and g
   columns a block. Low rank is one block whose coefficients are dense; dense-sparse has coefficients with a
   `Fixed` support;
-- a sum: all three matrices, W = `weight` + S D (`transposed`: that of the product). Sparse plus low rank is one.
+- a sum: all three matrices, W = `weight` + S D (`transposed`: that of the product). Sparse plus low rank is one;
+- tiled: W = sum_k A_k (x) B_k, a sum of Kronecker products. `tile` is the shape of every B_k: W is cut into tiles of it,
+  and A_k has an entry for each. Row k of `coefficients` holds A_k, row k of `basis` holds B_k, row by row.
 
 Each matrix has a layout (which entries are stored) and a coding (how a value is stored). Layout and coding
 are independent: that is what lets passes stack. These specs are what config.json carries, what facts are read
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stackcomp.core.errors import CheckpointError, SettingError
-from stackcomp.core.facts import INTEGERS, Fact, Facts
+from stackcomp.core.facts import INTEGERS, Fact, Facts, facts
 
 WORD_BITS = 63  # ranks of small supports are packed together into words that fit a signed 64-bit integer
 
@@ -308,10 +310,11 @@ class WeightSpec:
     paths: tuple[str, ...]
     matrices: Mapping[str, MatrixSpec]
     transposed: bool = False
+    tile: tuple[int, int] | None = None
 
     @property
     def factored(self) -> bool:
-        """Whether the weight is a product of two matrices, or such a product plus a third."""
+        """Whether the weight is a product of two matrices, or such a product plus a third; a sum of Kronecker products counts as one."""
         return "basis" in self.matrices
 
     @property
@@ -324,9 +327,9 @@ class WeightSpec:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of a product; 1 of a whole weight."""
+        """Number of blocks of a product; 1 of a whole weight, and of a sum of Kronecker products."""
         side = self.rows if self.transposed else self.cols
-        return side // self.matrices["basis"].cols if self.factored else 1
+        return side // self.matrices["basis"].cols if self.factored and not self.tile else 1
 
     @property
     def dense_count(self) -> int:
@@ -340,8 +343,9 @@ class WeightSpec:
 
     def parts(self) -> "dict[str, Facts]":
         """The facts of every part."""
+        factor = facts(Fact.FACTOR, Fact.KRONECKER) if self.tile else facts(Fact.FACTOR)
         return {
-            name: matrix.facts if name == "weight" else matrix.facts | {Fact.FACTOR}
+            name: matrix.facts if name == "weight" else matrix.facts | factor
             for name, matrix in self.matrices.items()
         }
 
@@ -369,6 +373,16 @@ class WeightSpec:
             "coefficients": MatrixSpec(rows=n, cols=blocks * atoms, layout=layout, coding=coding),
         }
         return replace(self, matrices=matrices, transposed=transposed)
+
+    def as_kronecker(self, *, terms: int, tile: tuple[int, int]) -> "WeightSpec":
+        """A weight that is whole as a sum of so many Kronecker products, the second factor of each of the shape `tile`, which divides
+        that of the weight."""
+        coding, area = self.matrices["weight"].coding, math.prod(tile)
+        matrices = {
+            "basis": MatrixSpec(rows=terms, cols=area, coding=coding),
+            "coefficients": MatrixSpec(rows=terms, cols=self.dense_count // area, coding=coding),
+        }
+        return replace(self, matrices=matrices, tile=tile)
 
     def pruned(self, kept: Mapping[str, int] | tuple[int, int]) -> "WeightSpec":
         """The weight with so many entries of each dense matrix, by part, or n of every m columns of a row."""
@@ -423,6 +437,7 @@ class WeightSpec:
             "shape": [self.rows, self.cols],
             "paths": list(self.paths),
             "transposed": self.transposed,
+            **({"tile": list(self.tile)} if self.tile else {}),
             "matrices": {name: _matrix_to_json(matrix) for name, matrix in self.matrices.items()},
         }
 
@@ -437,6 +452,7 @@ class WeightSpec:
                 cols=data["shape"][1],
                 paths=tuple(data["paths"]),
                 transposed=data["transposed"],
+                tile=(data["tile"][0], data["tile"][1]) if "tile" in data else None,
                 matrices={name: _matrix_from_json(matrix) for name, matrix in data["matrices"].items()},
             )
         except (KeyError, TypeError, IndexError, SettingError) as error:

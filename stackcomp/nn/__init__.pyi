@@ -25,6 +25,7 @@ from .surgery import settle as settle
 from .surgery import share as share
 from .surgery import sparsify as sparsify
 from .surgery import split as split
+from .surgery import tile as tile
 from .tree import WeightHandle as WeightHandle
 from .tree import absolute as absolute
 from .tree import check_finite as check_finite

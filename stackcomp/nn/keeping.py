@@ -174,9 +174,9 @@ def _paths(model: "PreTrainedModel") -> dict[str, tuple[str, ...]]:
 def _keep_rows(model: "PreTrainedModel", handle: WeightHandle, kept: Sequence[int]) -> None:
     """Leave of a weight the rows `kept`, and of what its modules have beside it: a bias, and the row that is padding."""
     rows = torch.tensor(kept, device=handle.dense().device)
-    if handle.spec.factored and handle.spec.transposed:
+    if handle.spec.factored and (handle.spec.transposed or handle.spec.tile):
         raise UnsupportedModel(
-            f"{handle.spec.id}: rows of W^T = S D are not stored side by side; leave it out with skip="
+            f"{handle.spec.id}: rows of W^T = S D, or of a sum of Kronecker products, are not stored side by side; leave it out with skip="
         )
     for module in handle.modules:
         if isinstance(module, nn.Embedding | CompressedEmbedding):

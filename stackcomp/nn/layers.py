@@ -3,8 +3,9 @@
 Letters: W is `rows` x `cols`, output x input features, also where the layer replaced keeps it transposed
 (GPT-2's `Conv1D`). Factored, `W = S D` block by block of columns: S_k (n x b), D_k (b x g), W[:, block k] =
 S_k D_k; `coefficients` are the S_k side by side (n x blocks*b), `basis` the D_k below each other (blocks*b x
-g). `transposed`: the same of W^T, so n is the input side. A sum is W = M + S D, M the matrix `weight`. t is
-tokens.
+g). `transposed`: the same of W^T, so n is the input side. A sum is W = M + S D, M the matrix `weight`. Tiled,
+W = sum_k A_k (x) B_k: A_k (p x q) is row k of `coefficients`, B_k (c x d, the `tile`) row k of `basis`, W is pc x qd.
+t is tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -26,13 +27,21 @@ class CompressedLayer(nn.Module, ABC):
     them, so that a state dict holds every tensor once.
     """
 
-    def __init__(self, matrices: Mapping[str, StoredMatrix], *, transposed: bool, owner: bool) -> None:
+    def __init__(
+        self,
+        matrices: Mapping[str, StoredMatrix],
+        *,
+        transposed: bool,
+        tile: tuple[int, int] | None,
+        owner: bool,
+    ) -> None:
         super().__init__()
         if set(matrices) not in FORMS:
             raise ValueError(
                 f"matrices {sorted(matrices)}: give weight, or basis and coefficients, or all three"
             )
         self.transposed = transposed
+        self.tile = tile
         self.owner = owner
         self._borrowed = {} if owner else dict(matrices)
         if owner:
@@ -74,8 +83,8 @@ class CompressedLayer(nn.Module, ABC):
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of a factored weight; 1 for a whole one."""
-        if not self.factored:
+        """Number of blocks of a factored weight; 1 for a whole one, and for a tiled one."""
+        if not self.factored or self.tile:
             return 1
         return self._side[1] // self.matrices["basis"].shape[1]
 
@@ -98,15 +107,25 @@ class CompressedLayer(nn.Module, ABC):
         """W; the gradient reaches what is stored."""
         if not self.factored:
             return self.matrices["weight"].dense()
+        if self.tile:
+            return torch.einsum("kpq,kcd->pcqd", *self._sides()).reshape(self.rows, self.cols)
         coefficients = self.matrices["coefficients"].dense().unflatten(1, (self.blocks, -1))
         basis = self.matrices["basis"].dense().unflatten(0, (self.blocks, -1))
         product = torch.bmm(coefficients.transpose(0, 1), basis).transpose(0, 1).flatten(1)
         product = product.t() if self.transposed else product
         return product + self.matrices["weight"].dense() if self.summed else product
 
+    def _sides(self) -> tuple[Float[Tensor, "k p q"], Float[Tensor, "k c d"]]:
+        """All A_k and all B_k of a tiled weight."""
+        assert self.tile is not None
+        a, b = (self.matrices[part].dense() for part in ("coefficients", "basis"))
+        return a.unflatten(1, (self.rows // self.tile[0], -1)), b.unflatten(1, self.tile)
+
     def extra_repr(self) -> str:
         form = ""
-        if self.factored:
+        if self.tile:
+            form = f", a sum of {self.matrices['basis'].shape[0]} Kronecker products with tiles of {self.tile[0]}x{self.tile[1]}"
+        elif self.factored:
             form = f", {'transposed ' if self.transposed else ''}factors in {self.blocks} block{'s' * (self.blocks > 1)}"
             form += " beside a matrix" * self.summed
         return f"{self.cols} -> {self.rows}{form}{'' if self.owner else ', shared'}"
@@ -123,9 +142,10 @@ class CompressedLinear(CompressedLayer):
         out_features: int,
         bias: nn.Parameter | None = None,
         transposed: bool = False,
+        tile: tuple[int, int] | None = None,
         owner: bool = True,
     ) -> None:
-        super().__init__(matrices, transposed=transposed, owner=owner)
+        super().__init__(matrices, transposed=transposed, tile=tile, owner=owner)
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", bias)
@@ -150,11 +170,33 @@ class CompressedLinear(CompressedLayer):
             return matrices["weight"].project(x)
         if self._composes(x):
             return torch.nn.functional.linear(x, self.dense().to(x.dtype))
+        if self.tile:
+            return self._tiled(x)
         if self.transposed:
             y = matrices["basis"].combine(matrices["coefficients"].combine(x).to(x.dtype), self.blocks)
         else:
             y = matrices["coefficients"].project(matrices["basis"].project(x, self.blocks).to(x.dtype))
         return y + matrices["weight"].project(x) if self.summed else y
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """The sum of A_k X B_k^T, X (q x d) the inputs of a token, in the cheaper order."""
+        assert self.tile is not None
+        a, b = (side.to(x.dtype) for side in self._sides())
+        pieces = x.unflatten(-1, (-1, self.tile[1]))
+        b_first, a_first = self._orders
+        if b_first <= a_first:
+            y = torch.einsum("kpq,...qkc->...pc", a, torch.einsum("...qd,kcd->...qkc", pieces, b))
+        else:
+            y = torch.einsum("...kpd,kcd->...pc", torch.einsum("kpq,...qd->...kpd", a, pieces), b)
+        return y.flatten(-2)
+
+    @property
+    def _orders(self) -> tuple[int, int]:
+        """Multiplications of A_k X B_k^T: with X B_k^T first, and with A_k X first."""
+        assert self.tile is not None
+        c, d = self.tile
+        entries = self.matrices["coefficients"].shape[1]
+        return c * (self.cols + entries), d * (self.rows + entries)
 
     def _composes(self, x: Tensor) -> bool:
         """Whether composing W first takes fewer multiplications than going through the factors: a function of
@@ -163,8 +205,11 @@ class CompressedLinear(CompressedLayer):
         if any(matrix.dynamic for matrix in self.matrices.values()):
             return False
         tokens = x.numel() // x.shape[-1]
-        n, atoms = self.matrices["coefficients"].shape
         dense = tokens * self.rows * self.cols
+        if self.tile:
+            terms = self.matrices["basis"].shape[0]
+            return dense + terms * self.rows * self.cols < tokens * terms * min(self._orders)
+        n, atoms = self.matrices["coefficients"].shape
         through = tokens * (atoms * self.matrices["basis"].shape[1] + n * atoms) + dense * self.summed
         whole = dense + n * atoms * self.matrices["basis"].shape[1]
         return whole < through
@@ -181,9 +226,10 @@ class CompressedEmbedding(CompressedLayer):
         embedding_dim: int,
         padding_idx: int | None = None,
         transposed: bool = False,
+        tile: tuple[int, int] | None = None,
         owner: bool = True,
     ) -> None:
-        super().__init__(matrices, transposed=transposed, owner=owner)
+        super().__init__(matrices, transposed=transposed, tile=tile, owner=owner)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
@@ -202,6 +248,12 @@ class CompressedEmbedding(CompressedLayer):
             return matrices["weight"].take(ids, self.padding_idx)
         if self.transposed:
             return nn.functional.embedding(ids, self.dense(), self.padding_idx)
+        if self.tile:
+            a, b = self._sides()
+            c = self.tile[0]
+            rows = torch.einsum("k...q,k...d->...qd", a[:, ids // c], b[:, ids % c]).flatten(-2)
+            padding = ids.unsqueeze(-1) == (-1 if self.padding_idx is None else self.padding_idx)
+            return torch.where(padding, rows.detach(), rows)
         rows = matrices["basis"].combine(matrices["coefficients"].take(ids, self.padding_idx), self.blocks)
         return rows + matrices["weight"].take(ids, self.padding_idx) if self.summed else rows
 
@@ -217,6 +269,7 @@ def build(
             embedding_dim=spec.cols,
             padding_idx=replaced.padding_idx,
             transposed=spec.transposed,
+            tile=spec.tile,
             owner=owner,
         )
     else:
@@ -228,6 +281,7 @@ def build(
             out_features=spec.rows,
             bias=bias,
             transposed=spec.transposed,
+            tile=spec.tile,
             owner=owner,
         )
     return layer.train(replaced.training)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stackcomp.core.errors import ContractBroken
+from stackcomp.core.facts import Fact
 from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.matrix import StoredMatrix
 
@@ -49,6 +51,10 @@ def products(
         yield Product(part="weight", matrix=matrices["weight"], moments=moment[None], on_rows=False)
     if not spec.factored:
         return
+    if spec.tile:
+        raise ContractBroken(
+            f"{spec.id}: a sum of Kronecker products is no product of two matrices; let the pass forbid '{Fact.KRONECKER}'"
+        )
 
     def diagonal(square: Tensor) -> Tensor:
         """The blocks on the diagonal, (blocks, size / blocks, size / blocks)."""

@@ -267,8 +267,13 @@ def _makes_sense(spec: WeightSpec) -> bool:
     if whole is not None and (whole.rows, whole.cols) != (spec.rows, spec.cols):
         return False
     if not spec.factored:
-        return True
+        return spec.tile is None
     basis, coefficients = spec.matrices["basis"], spec.matrices["coefficients"]
+    if spec.tile is not None:
+        c, d = spec.tile
+        cut = min(c, d) > 0 and spec.rows % c == 0 and spec.cols % d == 0
+        tiled = coefficients.rows == basis.rows and coefficients.cols * basis.cols == spec.dense_count
+        return cut and tiled and basis.cols == c * d and whole is None and not spec.transposed
     n, m = (spec.cols, spec.rows) if spec.transposed else (spec.rows, spec.cols)
     even = m % basis.cols == 0 and basis.rows % (m // basis.cols) == 0
     return even and (coefficients.rows, coefficients.cols) == (n, basis.rows)

@@ -75,6 +75,29 @@ def factorize(
     store_as(model, handle, matrices, transposed=transposed)
 
 
+def tile(
+    model: "PreTrainedModel",
+    id_: str,
+    *,
+    basis: Float[Tensor, "k c d"],
+    coefficients: Float[Tensor, "k p q"],
+) -> None:
+    """Store a plain W = sum_k A_k (x) B_k, the A_k in `coefficients` and the B_k in `basis`. Raises ValueError when the shapes do not make
+    W."""
+    handle = weights(model)[id_]
+    spec, (p, q), (c, d) = handle.spec, coefficients.shape[1:], basis.shape[1:]
+    if len(basis) != len(coefficients) or (p * c, q * d) != (spec.rows, spec.cols):
+        raise ValueError(
+            f"{id_}: basis {tuple(basis.shape)} and coefficients {tuple(coefficients.shape)} do not make {spec.rows} x {spec.cols}"
+        )
+    like = handle.dense()
+    sides = {"basis": basis, "coefficients": coefficients}
+    matrices = {part: store(side.flatten(1).to(like), Dense()) for part, side in sides.items()}
+    for matrix in matrices.values():
+        matrix.requires_grad_(handle.requires_grad)
+    store_as(model, replace(handle, spec=replace(spec, tile=(c, d))), matrices, transposed=False)
+
+
 def split(
     model: "PreTrainedModel",
     id_: str,

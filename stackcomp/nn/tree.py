@@ -236,7 +236,8 @@ def _exists(model: nn.Module, name: str) -> bool:
 def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
     module = members[id_]
     if isinstance(module, CompressedLayer):
-        rows, cols, matrices, transposed = module.rows, module.cols, module.specs, module.transposed
+        rows, cols, matrices = module.rows, module.cols, module.specs
+        transposed, tile = module.transposed, module.tile
     else:
         weight = _parameter(module)
         if weight.dtype not in CODINGS or not weight.is_floating_point():
@@ -244,10 +245,8 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
                 f"{id_}: dtype {weight.dtype} cannot be compressed; give a model in float32, bfloat16 or float16"
             )
         rows, cols = _shape(module)
-        matrices, transposed = (
-            {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])},
-            False,
-        )
+        matrices = {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])}
+        transposed, tile = False, None
     return WeightSpec(
         id=id_,
         kind="embedding" if isinstance(module, nn.Embedding | CompressedEmbedding) else "linear",
@@ -256,4 +255,5 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
         paths=tuple(members),
         matrices=matrices,
         transposed=transposed,
+        tile=tile,
     )

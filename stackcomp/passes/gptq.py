@@ -58,6 +58,7 @@ class GPTQ(Pass):
     def contract(self) -> Contract:
         return Contract(
             requires=facts(Fact.FLOAT),
+            forbids=facts(Fact.KRONECKER),
             adds=facts(Fact(ROUNDED[self.bits])),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
             needs=frozenset({Need.CALIBRATION}),

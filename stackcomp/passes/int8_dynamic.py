@@ -31,6 +31,7 @@ class Int8Dynamic(Pass):
     def contract(self) -> Contract:
         return Contract(
             requires=facts(Fact.FLOAT),
+            forbids=facts(Fact.KRONECKER),
             adds=facts(Fact.INT8, Fact.DYNAMIC),
             removes=facts(Fact.FLOAT, Fact.TRAINABLE),
         )

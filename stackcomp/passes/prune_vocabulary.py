@@ -48,7 +48,11 @@ class PruneVocabulary(Pass):
 
     @property
     def contract(self) -> Contract:
-        return Contract(requires=facts(Fact.DENSE), needs=frozenset({Need.CALIBRATION}))
+        return Contract(
+            requires=facts(Fact.DENSE),
+            forbids=facts(Fact.KRONECKER),
+            needs=frozenset({Need.CALIBRATION}),
+        )
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
         found = {*vocabulary(path for weight in plan.weights for path in weight.paths)}

@@ -137,6 +137,78 @@ def test_every_stored_number_gets_its_gradient():
             assert abs(numeric - analytic[name][place]) <= 0.02 * max(1, abs(numeric)), name
 
 
+TILES = [(3, 5), (1, 4), (4, 1), (1, 20), (12, 2)]
+
+
+def kronecker(tile, terms=6):
+    """Matrices of a sum of Kronecker products, and the sum."""
+    c, d = tile
+    a, b = torch.randn(terms, OUT // c, IN // d), torch.randn(terms, c, d)
+    matrices = {"basis": store(b.flatten(1), Dense()), "coefficients": store(a.flatten(1), Dense())}
+    return matrices, sum(torch.kron(*pair) for pair in zip(a, b, strict=True))
+
+
+def tiled(matrices, tile):
+    return CompressedLinear(
+        matrices, in_features=IN, out_features=OUT, bias=nn.Parameter(torch.randn(OUT)), tile=tile
+    )
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tokens", [1, 400])
+@pytest.mark.parametrize("coding", ["float32", "int8"])
+def test_a_sum_of_kronecker_products(tile, tokens, coding):
+    matrices, weight = kronecker(tile)
+    if coding == "int8":
+        matrices = {part: to_int8(matrix, axis=0, dynamic=False) for part, matrix in matrices.items()}
+    layer = tiled(matrices, tile)
+    assert (layer.dense() - weight).norm() <= (0.03 if coding == "int8" else 1e-5) * weight.norm()
+    x = torch.randn(2, tokens, IN)
+    assert torch.allclose(layer(x), F.linear(x, layer.dense(), layer.bias), atol=1e-4)
+    assert torch.allclose(layer._tiled(x) + layer.bias, layer(x), atol=1e-4)
+
+
+def test_each_road_through_a_sum_of_kronecker_products_is_the_shortest_somewhere():
+    chosen = {}
+    for tile in TILES:
+        layer = tiled(kronecker(tile)[0], tile)
+        b_first, a_first = layer._orders
+        c, d = tile
+        # A_k X B_k^T with A_k (OUT/c x IN/d), X (IN/d x d), B_k (c x d)
+        assert b_first == IN * c + OUT // c * IN // d * c
+        assert a_first == OUT // c * IN // d * d + OUT // c * d * c
+        chosen[tile] = [b_first < a_first, *(layer._composes(torch.empty(t, IN)) for t in (1, 400))]
+    assert chosen[1, 20] == [True, False, False]
+    assert chosen[4, 1] == [False, False, True]
+    assert chosen[12, 2][0] is False
+
+
+@pytest.mark.parametrize("tile", [(1, 20), (4, 1)])
+@pytest.mark.parametrize("tokens", [2, 400])
+def test_every_stored_number_of_a_sum_of_kronecker_products_gets_its_gradient(tile, tokens):
+    layer = tiled(kronecker(tile)[0], tile)
+    x = torch.randn(tokens, IN) / tokens**0.5
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if name != "bias":
+            for place in range(4):
+                numeric = difference(layer, x, parameter, place)
+                assert abs(numeric - parameter.grad.flatten()[place]) <= 0.02 * max(1, abs(numeric)), name
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_rows_of_a_sum_of_kronecker_products(tile):
+    matrices, weight = kronecker(tile)
+    layer = CompressedEmbedding(matrices, num_embeddings=OUT, embedding_dim=IN, padding_idx=4, tile=tile)
+    ids = torch.tensor([[0, 4], [11, 0]])
+    rows = layer(ids)
+    assert torch.allclose(rows, weight[ids], atol=1e-5)
+    (rows[0, 1] ** 2).sum().backward(retain_graph=True)
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
+    rows.sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
 def difference(layer, x, parameter, place, step=1e-2):
     values = []
     for sign in (1, -1):
@@ -188,6 +260,9 @@ def test_what_it_is_can_be_read():
     text = repr(linear(matrices, transposed=True))
     assert "20 -> 12, transposed factors in 2 blocks" in text
     assert "(basis): StoredMatrix(12x6, dense, float32)" in text
+    assert "20 -> 12, a sum of 6 Kronecker products with tiles of 3x5" in repr(
+        tiled(kronecker((3, 5))[0], (3, 5))
+    )
     assert "(coefficients): StoredMatrix(20x12, 2 of 6, float32)" in text
 
 

@@ -5,6 +5,7 @@ import torch
 
 import stackcomp as sc
 from stackcomp import nn
+from stackcomp.core.errors import ContractBroken
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -73,6 +74,13 @@ def test_a_sum_is_its_matrix_beside_two_factors():
         strict=True,
     ):
         assert torch.equal(found, wanted)
+
+
+def test_a_sum_of_kronecker_products_is_not_taken_for_two(model):
+    nn.tile(model, ID, basis=torch.randn(2, 4, 8), coefficients=torch.randn(2, 4, 4))
+    handle = nn.weights(model)[ID]
+    with pytest.raises(ContractBroken, match=f"{ID}: .*let the pass forbid 'kronecker'"):
+        list(nn.products(handle.spec, handle.matrices, torch.eye(32)))
 
 
 def test_the_second_product_sees_what_was_done_to_the_first(tokenizer, tmp_path):
