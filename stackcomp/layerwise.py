@@ -16,6 +16,7 @@ from stackcomp import data, nn, ops
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.ledger import LEFT_DENSE
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, whole, within
@@ -165,7 +166,7 @@ class FactorizingPass(Pass):
         for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
             choice = taken[id_].choice
             if choice is None:
-                findings[id_] = "left dense: too small to gain, or better spent elsewhere"
+                findings[id_] = f"{LEFT_DENSE}: too small to gain, or better spent elsewhere"
                 continue
             factors = self._build(layer, choice, context.seed)
             _replace(model, id_, layer, factors, means.get(id_))
@@ -329,7 +330,7 @@ class WeightedSVDPass(Pass):
             nn.factorize(model, id_, basis=right, values=left)
         return {
             "layers": {
-                id_: f"rank {rank}" if rank else "left dense: too small to gain"
+                id_: f"rank {rank}" if rank else f"{LEFT_DENSE}: too small to gain"
                 for id_, rank in ranks.items()
             }
         }

@@ -6,12 +6,13 @@ file's, dense / compressed; *layer compression* counts only the linear weights t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stackcomp.core.errors import CheckpointError
 
+LEFT_DENSE = "left dense"  # how a finding begins of a layer that a pass left as it was
 FORMAT = 1
 
 
@@ -142,7 +143,15 @@ class Ledger:
             for cells in [titles, *rows]
         ]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
+        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:], *self._left()])
+
+    def _left(self) -> Iterator[str]:
+        """A line for each pass that left some of its layers dense."""
+        for row in self.rows:
+            layers = row.findings.get("layers", {})
+            left = [id_ for id_, said in layers.items() if str(said).startswith(LEFT_DENSE)]
+            if left:
+                yield f"{row.step} {row.name}: {len(left)} of {len(layers)} layers left dense, {left[0]} first (why: show --json)"
 
 
 def read(text: str) -> Ledger:

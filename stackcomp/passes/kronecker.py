@@ -9,6 +9,7 @@ from stackcomp import nn, ops
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnreachableRatio
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.ledger import LEFT_DENSE
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import whole, within
@@ -113,7 +114,7 @@ class Kronecker(Pass):
         for id_, handle in context.progress(handles.items(), label="factorizing", total=len(handles)):
             ways = self._ways(handle.spec.rows, handle.spec.cols)
             if not ways:
-                findings[id_] = "left dense: too small to gain"
+                findings[id_] = f"{LEFT_DENSE}: too small to gain"
                 continue
             weight = handle.dense().float()
             tile = min(ways, key=lambda tile: float(ops.kronecker_errors(weight, tile)[ways[tile]]))

@@ -9,6 +9,7 @@ from stackcomp import data, nn, ops
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.ledger import LEFT_DENSE
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, whole, within
@@ -94,7 +95,7 @@ class SparseLowRank(Pass):
         for id_, handle in context.progress(handles.items(), label="factorizing", total=len(handles)):
             rank, nonzeros = self._counts(*shapes[id_])
             if not rank:
-                findings[id_] = "left dense: too small to gain"
+                findings[id_] = f"{LEFT_DENSE}: too small to gain"
                 continue
             weight = handle.dense().float()
             rest, kept, left, right = ops.sparse_low_rank(

@@ -62,3 +62,10 @@ def test_the_table_says_what_was_measured_and_nothing_more():
     unscored = str(Ledger((replace(FOUND.rows[0], measured=Measured()),)))
     assert "90" not in unscored
     assert " - " in unscored
+
+
+def test_layers_that_a_pass_left_dense_are_counted_below_the_table():
+    layers = {"a": f"{ledger.LEFT_DENSE}: too small to gain", "b": "rank 3", "c": "rank 2"}
+    text = str(Ledger((FOUND.rows[0], replace(FOUND.rows[1], findings={"layers": layers}))))
+    assert text.splitlines()[-1].startswith("1 Int8Weights: 1 of 3 layers left dense, a first")
+    assert "left dense" not in str(FOUND)
