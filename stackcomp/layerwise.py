@@ -346,7 +346,7 @@ def _replace(
     """Put the factors in the place of the weight; its bias takes up the mean of the error, E[(W - W') x]."""
     import torch
 
-    sparse = factors.support.shape[2] < factors.basis.shape[1]
+    sparse = factors.support[0].numel() < factors.basis[..., 0].numel()
     nn.factorize(
         model,
         id_,

@@ -51,11 +51,13 @@ def test_a_budget_bounds_what_is_rounded_later(dtype, then, tmp_path):
     assert "DenseSparse shares one budget" in told[-1].reasons[0]
 
 
-def test_shapes_that_are_asked_for_are_exact(tmp_path):
+@pytest.mark.parametrize(
+    "shape", [{"nonzeros": 4}, {"nonzeros": 1, "groups": 4}, {"nonzeros": 3, "groups": 4}]
+)
+def test_shapes_that_are_asked_for_are_exact(tmp_path, shape):
     model = toys.classifier("bert", hidden_size=64, intermediate_size=128)
-    pipeline = sc.Pipeline(
-        sc.DenseSparse(atoms=12, nonzeros=4, blocks=1, data_aware=False, only="encoder.*"), sc.Int8Dynamic()
-    )
+    given = sc.DenseSparse(atoms=12, **shape, blocks=1, data_aware=False, sweeps=1, only="encoder.*")
+    pipeline = sc.Pipeline(given, sc.Int8Dynamic())
     told = sc.sizes(pipeline, model)
     assert not told[-1].reasons
     assert [size.size_bytes for size in told] == written(pipeline, model, tmp_path / "out")

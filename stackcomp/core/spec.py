@@ -360,14 +360,21 @@ class WeightSpec:
         )
 
     def as_product(
-        self, *, atoms: int, nonzeros: int | None = None, blocks: int = 1, transposed: bool = False
+        self,
+        *,
+        atoms: int,
+        nonzeros: int | None = None,
+        groups: int = 1,
+        blocks: int = 1,
+        transposed: bool = False,
     ) -> "WeightSpec":
         """A weight that is whole as a product of a basis with `atoms` atoms a block and of coefficients, `nonzeros` of them a row and
-        block; all of them where nothing is said."""
+        group of atoms; all of them where nothing is said."""
         n, m = (self.cols, self.rows) if transposed else (self.rows, self.cols)
         coding = self.matrices["weight"].coding
-        kept = atoms if nonzeros is None else nonzeros
-        layout = Fixed(block=atoms, nonzeros=kept) if kept < atoms else Dense()
+        group = atoms // groups
+        kept = group if nonzeros is None else nonzeros
+        layout = Fixed(block=group, nonzeros=kept) if kept < group else Dense()
         matrices = {
             "basis": MatrixSpec(rows=blocks * atoms, cols=m // blocks, coding=coding),
             "coefficients": MatrixSpec(rows=n, cols=blocks * atoms, layout=layout, coding=coding),

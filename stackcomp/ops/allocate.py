@@ -67,11 +67,18 @@ def low_rank_bytes(rows: int, columns: int, rank: int, *, value_bytes: float = 4
 
 
 def dense_sparse_bytes(
-    rows: int, columns: int, *, atoms: int, nonzeros: int, blocks: int = 1, value_bytes: float = 4
+    rows: int,
+    columns: int,
+    *,
+    atoms: int,
+    nonzeros: int,
+    blocks: int = 1,
+    groups: int = 1,
+    value_bytes: float = 4,
 ) -> int:
     """Bytes of the basis, the values and the packed support of a dense-sparse factorization."""
-    support = Fixed(block=atoms, nonzeros=nonzeros).support_bytes(rows, blocks * atoms)
-    return ceil(value_bytes * (atoms * columns + rows * blocks * nonzeros)) + support
+    support = Fixed(block=atoms // groups, nonzeros=nonzeros).support_bytes(rows, blocks * atoms)
+    return ceil(value_bytes * (atoms * columns + rows * blocks * groups * nonzeros)) + support
 
 
 def most_nonzeros(

@@ -96,7 +96,9 @@ class DenseSparse(FactorizingPass):
     dense-sparse never loses to it.
 
     ratio, data_aware, sensitivity, samples, damping, spread, value_bits: as in every factorization. atoms, nonzeros:
-    b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. blocks: blocks of
+    b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. groups: the atoms of a
+    block are cut into so many groups, in each of which a row keeps s: 1 lets a row choose freely, b / g with s = 1 makes it choose one
+    of every g, which costs less to index; it goes with atoms and must divide them. blocks: blocks of
     columns, each with a basis of its own; it must divide every selected weight; None takes 4 for square
     weights and 1 for tall ones. orientation: which side the sparse rows run along: "rows" those of W,
     "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
@@ -108,6 +110,7 @@ class DenseSparse(FactorizingPass):
 
     atoms: int | None = None
     nonzeros: int | None = None
+    groups: int = 1
     blocks: int | None = None
     orientation: Literal["auto", "rows", "columns"] = "auto"
     sweeps: int = 6
@@ -129,7 +132,12 @@ class DenseSparse(FactorizingPass):
                     f"atoms={self.atoms} does not go with ratio=1.0, which does nothing: leave one out"
                 )
             whole("atoms", self.atoms, 1)
-            whole("nonzeros", self.nonzeros, 1, self.atoms)
+            whole("groups", self.groups, 1, self.atoms)
+            if self.atoms % self.groups:
+                raise SettingError(f"groups={self.groups} does not divide atoms={self.atoms}: give a divisor")
+            whole("nonzeros", self.nonzeros, 1, self.atoms // self.groups)
+        elif self.groups != 1:
+            raise SettingError(f"groups={self.groups!r} needs a shape: give atoms and nonzeros, too")
         one_of("orientation", self.orientation, ("auto", "rows", "columns"))
 
     @property
@@ -181,7 +189,12 @@ class DenseSparse(FactorizingPass):
         """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
         form = self._form(*layer.weight.shape)
         if self.atoms is not None and self.nonzeros is not None:
-            shape = {"blocks": form.blocks, "atoms": self.atoms, "nonzeros": self.nonzeros}
+            shape = {
+                "blocks": form.blocks,
+                "atoms": self.atoms,
+                "nonzeros": self.nonzeros,
+                "groups": self.groups,
+            }
             size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
             return [ops.Candidate(size_bytes=size, error=0.0, choice=shape)]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
@@ -245,7 +258,11 @@ class DenseSparse(FactorizingPass):
             return super().stores(spec)
         form = self._form(spec.rows, spec.cols)
         asked = spec.as_product(
-            atoms=self.atoms, nonzeros=self.nonzeros, blocks=form.blocks, transposed=form.turned
+            atoms=self.atoms,
+            nonzeros=self.nonzeros,
+            groups=self.groups,
+            blocks=form.blocks,
+            transposed=form.turned,
         )
         return (asked if self.counted(asked) < self.counted(spec) else spec,)
 
@@ -257,13 +274,11 @@ class DenseSparse(FactorizingPass):
         return "" if self.atoms else super().undetermined
 
     def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
-        low_rank = "rank" in choice
+        rank = choice.get("rank")
         return ops.dense_sparse(
             layer.weight,
-            atoms=choice["rank"] if low_rank else choice["atoms"],
-            nonzeros=choice["rank"] if low_rank else choice["nonzeros"],
-            blocks=1 if low_rank else choice["blocks"],
-            transposed=not low_rank and self._form(*layer.weight.shape).turned,
+            **({"atoms": rank, "nonzeros": rank} if rank else choice),
+            transposed=not rank and self._form(*layer.weight.shape).turned,
             inputs=layer.inputs,
             outputs=layer.outputs,
             sweeps=self.sweeps,

@@ -160,13 +160,18 @@ def test_a_layer_too_small_to_gain_is_left_dense_and_the_findings_say_so(model, 
     assert not nn.weights(model)["classifier"].spec.factored
 
 
-def test_the_papers_shape_can_be_asked_for(tokenizer, tmp_path):
+@pytest.mark.parametrize(("groups", "nonzeros"), [(1, 2), (2, 1), (4, 1)])
+def test_the_papers_shape_can_be_asked_for(groups, nonzeros, tokenizer, tmp_path):
     model = toys.make("bert", "AutoModelForSequenceClassification", hidden_size=32, intermediate_size=64)
-    step = sc.DenseSparse(atoms=8, nonzeros=2, blocks=4, only=BLOCKS, data_aware=False)
+    step = sc.DenseSparse(
+        atoms=8, nonzeros=nonzeros, groups=groups, blocks=4, only=BLOCKS, data_aware=False, sweeps=1
+    )
     findings = apply(step, model, tokenizer, tmp_path)
     for id_ in plan_of(model).select(only=BLOCKS, skip=None):
-        coefficients = nn.weights(model)[id_].spec.matrices["coefficients"]
-        assert (coefficients.layout.block, coefficients.layout.nonzeros) == (8, 2)
+        matrix = nn.weights(model)[id_].matrices["coefficients"]
+        assert (matrix.spec.layout.block, matrix.spec.layout.nonzeros) == (8 // groups, nonzeros)
+        kept = matrix.mask().unflatten(1, (-1, 8 // groups)).sum(-1)
+        assert (kept == nonzeros).all()
         assert "'atoms': 8" in findings["layers"][id_]
 
 
@@ -177,6 +182,9 @@ def test_the_papers_shape_can_be_asked_for(tokenizer, tmp_path):
         ({"atoms": 8, "nonzeros": 2, "ratio": 1.0}, "atoms=8 does not go with ratio=1.0"),
         ({"atoms": 4, "nonzeros": 5}, "nonzeros=5"),
         ({"atoms": 4, "nonzeros": 0}, "nonzeros=0"),
+        ({"groups": 2}, "groups=2 needs a shape"),
+        ({"atoms": 8, "nonzeros": 1, "groups": 3}, "groups=3 does not divide atoms=8"),
+        ({"atoms": 8, "nonzeros": 3, "groups": 4}, "nonzeros=3"),
         ({"atoms": 33, "nonzeros": 2}, r"atoms=33 exceeds the 16 rows .*encoder\.layer\.0"),
     ],
 )
