@@ -61,8 +61,8 @@ def _sentence(found: Extra, subject: str) -> str:
     if found.value is None or found.single is None or found.stack is None or found.interval is None:
         return f"{subject}: no stack, or no single technique, scores at least {found.floor:.2f}."
     low, high = found.interval
-    sure = "the same in 95% of draws within the noise" if low == high else f"95%: {low:+.0%} to {high:+.0%}"
+    sure = f"95% interval {low:+.0%} to {high:+.0%}"
     return (
-        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} is **{found.value:+.0%}** ({sure}) "
-        f"beyond the best single technique, {found.single.name}."
+        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} compresses **{found.value:.0%} more** ({sure}) "
+        f"than the best single technique, {found.single.name}."
     )

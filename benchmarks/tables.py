@@ -22,6 +22,9 @@ def command(name: str) -> str:
     pipelines = {
         "dsformer": "pipelines/dsformer/table.py",
         "stacked": "pipelines/dsformer/stacked.py",
+        "low_bit": "pipelines/dsformer/low_bit.py",
+        "options": "pipelines/dsformer/options.py",
+        "decoder": "pipelines/dsformer/decoder.py",
         "catalogue": "pipelines/studies/catalogue.py",
         "encoder_stack_sts": "pipelines/studies/encoder_stack_sts.py",
     }

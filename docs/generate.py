@@ -7,13 +7,13 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import combined, dsformer, stacked, tables  # noqa: E402
+from benchmarks import combined, dsformer, dsformer_more, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -25,7 +25,12 @@ REPORT = Report(root=ROOT)
 CATALOGUE = ROOT / "pipelines" / "studies" / "catalogue.py"
 PUBLIC = {
     "Running": ["stackcomp.manager.PassManager", "stackcomp.manager.Measuring", "stackcomp.manager.Result"],
-    "Judging and loading": ["stackcomp.manager.check", "stackcomp.checkpoint.load", "stackcomp.parse"],
+    "Checking and loading": [
+        "stackcomp.manager.check",
+        "stackcomp.size.sizes",
+        "stackcomp.checkpoint.load",
+        "stackcomp.parse",
+    ],
     "Pipelines and passes": [
         "stackcomp.core.pipeline.Pipeline",
         "stackcomp.core.passes.Pass",
@@ -39,6 +44,7 @@ PUBLIC = {
         "stackcomp.studies.Entry",
         "stackcomp.studies.combinations",
         "stackcomp.studies.Search",
+        "stackcomp.studies.search.search",
         "stackcomp.studies.Rung",
     ],
     "The ledger": [
@@ -119,7 +125,7 @@ def passes() -> str:
             [f"`{field.name}`", f"`{_type(field.type)}`", f"`{getattr(default, field.name)!r}`"]
             for field in fields(cls)
         ]
-        above = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
+        above = [base for base in cls.__mro__[1:] if is_dataclass(base) and base is not Pass]
         parts += [
             f"## {name}",
             *(_settings_marked(inspect.cleandoc(part.__doc__ or ""), cls) for part in (cls, *above)),
@@ -130,7 +136,7 @@ def passes() -> str:
     return "\n\n".join(parts)
 
 
-def _settings_marked(text: str, cls: type[Pass]) -> str:
+def _settings_marked(text: str, cls: type) -> str:
     """A docstring in which the settings that it explains (`only, skip: ...`) stand out."""
     names = {field.name for field in fields(cls)}
 
@@ -238,8 +244,6 @@ def results() -> str:
             ),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
-            "## DSFormer on top of other techniques",
-            stacked.section(REPORT.rows("stacked")),
             "## Reloading",
             "Logits in the process that made the model, before it was written, against those of a new process.",
             tables.reload(REPORT.rows("reload")),
@@ -256,8 +260,20 @@ def results() -> str:
 
 
 def dsformer_study() -> str:
-    """DSFormer against everything it is compared with."""
-    return dsformer.page(REPORT.dsformer(), picture("dsformer"))
+    """DSFormer against everything it is compared with, on top of it, in few bits, its options, and on a decoder."""
+    return "\n\n".join(
+        [
+            dsformer.page(REPORT.dsformer(), picture("dsformer")),
+            "## On top of other techniques",
+            stacked.section(REPORT.rows("stacked")),
+            "## In few bits",
+            dsformer_more.low_bit(REPORT.rows("low_bit")),
+            "## Options of STF",
+            dsformer_more.options(REPORT.rows("options")),
+            "## A decoder",
+            dsformer_more.decoder(REPORT.rows("decoder")),
+        ]
+    )
 
 
 def combination_study() -> str:

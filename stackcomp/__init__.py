@@ -14,6 +14,7 @@ from stackcomp.core.facts import Fact
 from stackcomp.core.ledger import Ledger
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
+from stackcomp.core.selection import nearest
 from stackcomp.passes import registered
 
 if TYPE_CHECKING:  # what __getattr__ gives
@@ -78,11 +79,13 @@ def __getattr__(name: str) -> Any:
         from stackcomp.data import tasks
 
         return tasks
-    if (
-        name[:1].isupper() and name in registered()
-    ):  # a pass; never a subpackage, which would be asked for while passes load
+    if not name[:1].isupper():  # never a pass, but maybe a subpackage, which is asked for while passes load
+        raise AttributeError(f"module 'stackcomp' has no attribute {name!r}")
+    if name in registered():
         return registered()[name]
-    raise AttributeError(f"module 'stackcomp' has no attribute {name!r}")
+    raise AttributeError(
+        f"module 'stackcomp' has no attribute {name!r}; the nearest passes are {nearest(name, registered())}"
+    )
 
 
 def __dir__() -> list[str]:

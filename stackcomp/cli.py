@@ -2,7 +2,7 @@
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
 disk, an entry of a study) or a search reaches no goal, 130 when interrupted. Results go to standard output, messages to standard
-error. Torch is imported by `run`, `study` and `search` only.
+error. Torch is imported by `run`, `study`, `search` and `check --size` only.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
         return 0
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        print(f"stackcomp: {error}: give another place, or the right to write there", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model", metavar="DIR", help="a folder or hub name, in place of the file's model")
     command.add_argument(
-        "--size", action="store_true", help="foretell the bytes of the weights file after every pass"
+        "--size", action="store_true", help="predict the bytes of the weights file after every pass"
     )
     command.set_defaults(command=_check)
 
@@ -107,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of each worker (default: what its share of the cores is; on Ray 1)",
     )
     command.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
+    command.add_argument(
+        "--resume", action="store_true", help="what a study does anyway: what has a row is not run again"
+    )
     command.add_argument(
         "--replay",
         metavar="KEY",
@@ -170,7 +176,7 @@ def _check(options: argparse.Namespace) -> int:
     model = options.model or found.get("model")
     against = model if isinstance(model, str | Path) else None
     plans = check(pipeline, against)
-    foretold = _foretold(pipeline, against, found.get("task"), options.file) if options.size else []
+    predicted = _predicted(pipeline, against, found.get("task"), options.file) if options.size else []
     weights = len(plans[-1].weights)
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
     for index, step in enumerate(pipeline.flat()):
@@ -178,12 +184,12 @@ def _check(options: argparse.Namespace) -> int:
             "trains the whole model" if not step.contract.selects else _count(step.selected(plans[index]))
         )
         print(f"  {index + 1}. {step}: {chosen}")
-    for line in foretold:
+    for line in predicted:
         print(line)
     return 0
 
 
-def _foretold(pipeline: Pipeline, model: str | Path | None, task: Any, file: Path) -> list[str]:
+def _predicted(pipeline: Pipeline, model: str | Path | None, task: Any, file: Path) -> list[str]:
     """A line for every size of the file, and for why it is not known to the byte."""
     if model is None:
         raise PipelineFileError(
@@ -309,7 +315,10 @@ def _show(options: argparse.Namespace) -> int:
         raise CheckpointError(
             f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote"
         )
-    found = ledger.read(path.read_text("utf8"))
+    try:
+        found = ledger.read(path.read_text("utf8"))
+    except (CheckpointError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     print(json.dumps(found.to_json(), indent=1) if options.json else found)
     return 0
 
@@ -342,6 +351,10 @@ def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:
     pipeline = found["pipeline"]
     if isinstance(pipeline, Pass):
         return Pipeline(pipeline)
+    if isinstance(pipeline, Pipeline) and not len(pipeline):
+        raise PipelineFileError(
+            f"{file}: the pipeline holds no pass: write stackcomp.Pipeline(Pass(...), ...)"
+        )
     if not isinstance(pipeline, Pipeline):
         raise SettingError(
             f"{file}: pipeline={pipeline!r} is no Pipeline: write pipeline = stackcomp.Pipeline(...)"

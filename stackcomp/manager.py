@@ -43,6 +43,7 @@ def check(
     None for a plain dense model of the first family on which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress
     or UnsupportedModel.
     """
+    _check_pipeline(pipeline)
     if model is None:
         for kind in headers.PLAIN_KINDS:
             try:
@@ -121,17 +122,19 @@ class PassManager:
         """Refuse what a typo gives: a task by name, a pass class, a path where none belongs."""
         from stackcomp.data.task import Task
 
-        if not isinstance(pipeline, Pipeline | Pass):
-            raise SettingError(
-                f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())"
-            )
+        _check_pipeline(pipeline)
         if self.task is not None and not isinstance(self.task, Task):
             raise SettingError(f"task={self.task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
         if not isinstance(self.out, str | Path) or not str(self.out):
             raise SettingError(f"out={self.out!r} is no folder: give a path")
         if self.calibration is not None and (isinstance(self.calibration, str) or not self.calibration):
             raise SettingError(f"calibration={self.calibration!r} is no list of texts: give at least one")
+        if not isinstance(self.measuring, Measuring):
+            raise SettingError(
+                f"measuring={self.measuring!r}: build it, as in stackcomp.Measuring(latency=False)"
+            )
         whole("seed", self.seed, 0, 2**63 - 1)
+        _check_device(self.device)
 
     def _module(self, model: "PreTrainedModel | str | Path") -> "PreTrainedModel":
         """The model in memory; a path or hub name is loaded, with the head of the task where there is one."""
@@ -196,6 +199,24 @@ class PassManager:
         out.mkdir(parents=True, exist_ok=True)
         if not held:
             write_atomic(out / RUN_FILE, json.dumps({"format": FORMAT}))
+
+
+def _check_pipeline(pipeline: Any) -> None:
+    if not isinstance(pipeline, Pipeline | Pass):
+        raise SettingError(f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())")
+
+
+def _check_device(device: Any) -> None:
+    """Refuse a device that torch does not know, or that this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise SettingError(
+            f"device={device!r} cannot be used ({said}): give 'cpu' or one that is there"
+        ) from error
 
 
 def _hush() -> None:

@@ -34,6 +34,7 @@ from stackcomp.core.ledger import Ledger, Measured, Row
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
+from stackcomp.core.settings import one_of, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,15 @@ class Measuring:
     latency_batch: int = 8
     latency_length: int = 128
     latency_repeats: int = 9
+
+    def __post_init__(self) -> None:
+        from stackcomp.data.task import ROLES
+
+        one_of("split", self.split, ROLES)
+        if self.limit is not None:
+            whole("limit", self.limit, 1)
+        for name in ("batch_size", "latency_batch", "latency_length", "latency_repeats"):
+            whole(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

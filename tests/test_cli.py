@@ -42,6 +42,7 @@ def test_an_illegal_order_is_refused_on_standard_error(tmp_path, capsys):
         ("def f(:\n", "line 1: SyntaxError"),
         ("import sys\nsys.exit(3)\n", "line 2: SystemExit"),
         ("pipeline = 3\n", "is no Pipeline"),
+        ("import stackcomp as sc\npipeline = sc.Pipeline()\n", "holds no pass"),
         ("import stackcomp as sc\npipeline = sc.Int8Weights(onyl='x')\n", "did you mean only"),
         ("import stackcomp as sc\npipeline = sc.Int8Weights(only='nowhere.*')\n", "nearest paths are"),
         ("import stackcomp as sc\npipeline = sc.Int8Weights()\nmodel = 'no/such/folder'\n", "no/such/folder"),
@@ -63,8 +64,10 @@ def test_a_missing_file_and_a_run_without_a_task(tmp_path, capsys):
 def test_show_refuses_what_is_no_run(tmp_path, capsys):
     assert main(["show", str(tmp_path)]) == 2
     assert "no ledger.json" in capsys.readouterr().err
-    (tmp_path / "ledger.json").write_text("{")
-    assert main(["show", str(tmp_path), "--json"]) == 2
+    for damaged in (b"{", b"[]", b"null", b"\xff"):
+        (tmp_path / "ledger.json").write_bytes(damaged)
+        assert main(["show", str(tmp_path), "--json"]) == 2
+        assert "ledger.json" in capsys.readouterr().err
     (tmp_path / "ledger.json").write_text('{"format": 1, "rows": []}')
     assert main(["show", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"format": 1, "rows": []}

@@ -26,10 +26,12 @@ from stackcomp.core.errors import (
     OutputInUse,
     PipelineRefused,
     SelectionEmpty,
+    SettingError,
     UnsupportedModel,
 )
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Pass
+from stackcomp.run import Measuring
 from tests import toys
 from tests.passes.test_conformance import manager
 
@@ -129,6 +131,8 @@ def test_needs_are_checked_first(model, tokenizer, tmp_path):
         ({"out": 3}, sc.Int8Weights(), "out=3 is no folder"),
         ({"calibration": []}, sc.Int8Weights(), "is no list of texts"),
         ({"seed": -1}, sc.Int8Weights(), "seed=-1"),
+        ({"measuring": {}}, sc.Int8Weights(), "measuring={}"),
+        ({"device": "gpu"}, sc.Int8Weights(), "device='gpu' cannot be used"),
         ({"tokenizer": "no/such/folder"}, sc.Int8Weights(), "holds no tokenizer"),
     ],
 )
@@ -136,6 +140,15 @@ def test_wrong_types_are_refused_before_anything_is_written(settings, pipeline, 
     with pytest.raises(sc.errors.StackcompError, match=said):
         sc.PassManager(**{"out": tmp_path / "out", **settings}).run(model, pipeline)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"split": "dev"}, {"limit": 0}, {"batch_size": 1.5}, {"latency_repeats": 0}]
+)
+def test_what_is_to_be_measured_is_judged_where_it_is_written(settings):
+    (name,) = settings
+    with pytest.raises(SettingError, match=f"{name}="):
+        Measuring(**settings)
 
 
 def test_unlabelled_data_are_refused_before_the_first_pass(model, tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Sizes foretold against sizes written. Every pass and every legal pair of passes is in tests/passes/test_pairs.py."""
+"""Sizes predicted against sizes written. Every pass and every legal pair of passes is in tests/passes/test_pairs.py."""
 
 import pytest
 import torch

@@ -6,7 +6,8 @@ All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts
 carved from the training split; what is chosen is scored once on the 872 of the validation split.
 
 Half of the file are embeddings, so the vocabulary goes first. Layers are rounded while they learn from the teacher's hidden states, which
-also mends what dropped layers leave open.
+also mends what dropped layers leave open. Every pipeline has a strength of all techniques but "depth": a first search, in which all could
+be left out, found that no file without one of them comes near.
 """
 
 from minilm import FROZEN, LAYERS, classifier
@@ -25,7 +26,7 @@ def rounded(bits: float) -> sc.Pass:
         group=128,
         only=(LAYERS, "pooler"),
         epochs=100,
-        steps=1200,
+        steps=1600,
         learning_rate=2e-4,
         frozen=FROZEN,
     )
@@ -37,13 +38,14 @@ search = sc.Search(
     task=tuned.task,
     loss=1.0,
     passes={
-        "vocabulary": [sc.PruneVocabulary(least=least) for least in (1, 6, 20)],
-        "depth": [sc.DropLayers(keep=keep) for keep in (5, 4, 3)],
-        "tables": [sc.LowBitWeights(bits=bits, group=64, only=TABLES) for bits in (4, 3, 2)],
-        "layers": [rounded(bits) for bits in (3, 2, 1.6)],
+        "vocabulary": [sc.PruneVocabulary(least=least) for least in (6, 20)],
+        "depth": [sc.DropLayers(keep=keep) for keep in (5, 4)],
+        "tables": [sc.LowBitWeights(bits=bits, group=64, only=TABLES) for bits in (3, 2)],
+        "layers": [rounded(bits) for bits in (2, 1.6)],
         "coding": sc.EntropyCode(),
     },
-    pipelines=16,
-    rungs=(sc.Rung(examples=500, steps=0.1), sc.Rung(examples=1500, steps=0.33), sc.Rung(examples=3000)),
-    keep=0.3,
+    always=("vocabulary", "tables", "layers", "coding"),
+    pipelines=8,
+    rungs=(sc.Rung(examples=500, steps=0.1), sc.Rung(examples=1500, steps=0.33), sc.Rung()),
+    keep=0.35,
 )

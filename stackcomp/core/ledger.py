@@ -73,6 +73,9 @@ class Ledger:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Ledger":
         """Read what `to_json` wrote; raises CheckpointError for another format."""
+        given: Any = data
+        if not isinstance(given, dict):
+            raise CheckpointError("the ledger is damaged (no JSON object): run the pipeline again")
         if data.get("format") != FORMAT:
             raise CheckpointError(
                 f"ledger of format {data.get('format')!r}, this version reads {FORMAT}: update stackcomp"

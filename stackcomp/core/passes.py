@@ -59,8 +59,14 @@ class Pass(ABC):
                 )
         return super().__new__(cls)
 
+    globs: ClassVar[tuple[str, ...]] = ("only", "skip")  # the settings that are globs
+
     def __post_init__(self) -> None:
-        for name in ("only", "skip"):
+        for field in fields(self):
+            flag = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(flag, bool):
+                raise SettingError(f"{field.name}={flag!r} is neither on nor off: give True or False")
+        for name in self.globs:
             value: Any = getattr(self, name)
             if self.undivided and value is not None:
                 raise SettingError(f"{name}={value!r}: {self.name} {self.undivided}; leave it out")

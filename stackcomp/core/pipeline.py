@@ -56,6 +56,9 @@ class Pipeline:
 
         Raises UnknownPass, UnknownSetting or SettingError.
         """
+        given: Any = text
+        if not isinstance(given, str):
+            raise SettingError(f"not a pipeline: {given!r}; give the text that repr() of one writes")
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
@@ -70,10 +73,14 @@ def _read(node: ast.expr, registered: Mapping[str, type[Pass]]) -> "Pass | Pipel
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
         raise SettingError(f"not a pass: {ast.unparse(node)}; write Pass(setting=value)")
     name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-    if name == "Pipeline":
+    if name == "Pipeline" and not node.keywords:
         return Pipeline(*(_read(item, registered) for item in node.args))
+    if name == "Pipeline":
+        raise SettingError(f"{ast.unparse(node)}: a pipeline takes its passes without names")
     if name not in registered:
         raise UnknownPass(f"no pass is named {name!r}: the nearest are {nearest(name, registered)}")
+    if any(item.arg is None for item in node.keywords):
+        raise SettingError(f"{ast.unparse(node)}: settings are given one by one, as name=value")
     try:
         settings = {str(item.arg): ast.literal_eval(item.value) for item in node.keywords}
     except ValueError as error:

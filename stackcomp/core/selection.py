@@ -6,6 +6,7 @@ layer.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -40,6 +41,19 @@ def nearest(wanted: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(found) or "none"
 
 
+def all_match(paths: Iterable[str], **settings: Globs) -> None:
+    """Raise SelectionEmpty for a glob of `settings` that matches none of `paths`. Layers that differ in their number alone are named
+    once, as a glob."""
+    known = list(paths)
+    for setting, globs in settings.items():
+        for glob in as_tuple(globs):
+            if not any(matches(path, (glob,)) for path in known):
+                layers = (re.sub(r"\b\d+\b", "*", path) for path in known)
+                raise SelectionEmpty(
+                    f"{setting}={glob!r} matches no layer; the nearest paths are {nearest(glob, layers)}"
+                )
+
+
 def select(
     paths: Sequence[tuple[str, ...]], *, only: Globs, skip: Globs, default: Sequence[bool]
 ) -> list[bool]:
@@ -48,13 +62,7 @@ def select(
     With no `only`, those that `default` marks; a weight used at several paths is selected by any one of them
     and skipped by any one. Raises SelectionEmpty for a glob that matches nothing.
     """
-    everything = [path for group in paths for path in group]
-    for setting, globs in (("only", as_tuple(only)), ("skip", as_tuple(skip))):
-        for glob in globs:
-            if not any(matches(path, (glob,)) for path in everything):
-                raise SelectionEmpty(
-                    f"{setting}={glob!r} matches no layer; the nearest paths are {nearest(glob, everything)}"
-                )
+    all_match((path for group in paths for path in group), only=only, skip=skip)
     wanted = [
         any(matches(path, as_tuple(only)) for path in group) if only is not None else chosen
         for group, chosen in zip(paths, default, strict=True)

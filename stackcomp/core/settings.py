@@ -28,8 +28,8 @@ def whole(name: str, value: object, low: int, high: float = float("inf")) -> Non
 
 
 def one_of(name: str, value: object, choices: Collection[object]) -> None:
-    """Refuse a value that is not among `choices`."""
-    if value not in choices:
+    """Refuse a value that is not among `choices`, and True for a 1."""
+    if isinstance(value, bool) or value not in choices:
         raise SettingError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}")
 
 

@@ -4,7 +4,6 @@ from .batches import LengthBatches as LengthBatches
 from .batches import inference_batches as inference_batches
 from .batches import lengths_of as lengths_of
 from .calibration import Calibration as Calibration
-from .calibration import CrossMoment as CrossMoment
 from .calibration import SecondMoment as SecondMoment
 from .calibration import input_metric as input_metric
 from .calibration import input_moments as input_moments

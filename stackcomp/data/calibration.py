@@ -19,7 +19,6 @@ from stackcomp.nn import WeightHandle, weights
 from stackcomp.ops import Whitener, whitener
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -63,15 +62,6 @@ def input_metric(
     return whitener(moment.covariance, damping=damping), moment.mean
 
 
-@dataclass(frozen=True, kw_only=True)
-class CrossMoment:
-    """The same layer in two models: cross = X_ref X^T (m x m), total = X X^T (m x m), count = tokens."""
-
-    cross: Tensor
-    total: Tensor
-    count: int
-
-
 class _Enough(Exception):
     """Every layer asked for has been reached: the rest of the forward pass is not needed."""
 
@@ -94,16 +84,13 @@ class Calibration:
         if not texts:
             raise DataError("calibration needs text, and there is none: give a task with a training split")
         rows = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=True)
-        self._set(dict(rows), tokenizer, batch_size)
-
-    @classmethod
-    def from_encoded(
-        cls, encoded: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, batch_size: int = 32
-    ) -> "Calibration":
-        """Use rows of `Task.encode(..., labelled=False)`, such as windows of language modelling."""
-        self = cls.__new__(cls)
-        self._set(encoded[:], tokenizer, batch_size)
-        return self
+        columns = dict(rows)
+        self.tokens = sum(
+            sum(mask) for key, part in columns.items() if "attention_mask" in key for mask in part
+        )
+        self._rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self._order = inference_batches(lengths_of(columns), batch_size=batch_size)
+        self._collate = Collator(tokenizer)
 
     @classmethod
     def of(cls, context: Context, samples: int, *, first: int | None = None) -> "Calibration":
@@ -113,16 +100,6 @@ class Calibration:
         texts = context.calibration(samples)[:samples]
         length = context.task.max_length if context.task is not None else 128
         return cls(texts[:first], context.tokenizer, max_length=length)
-
-    def _set(self, columns: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", batch_size: int) -> None:
-        columns = {key: value for key, value in columns.items() if key != "labels"}
-        lengths = lengths_of(columns)
-        self.tokens = sum(
-            sum(mask) for key, part in columns.items() if "attention_mask" in key for mask in part
-        )
-        self._rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self._order = inference_batches(lengths, batch_size=batch_size)
-        self._collate = Collator(tokenizer)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -208,49 +185,6 @@ class Calibration:
                 listening.run(model, batch)
         _refuse_unreached(count)
         return found, count
-
-    def cross_moments(
-        self,
-        reference: nn.Module,
-        model: nn.Module,
-        modules: Mapping[str, tuple[nn.Module, nn.Module]],
-        *,
-        progress: Progress = quiet,
-    ) -> dict[str, CrossMoment]:
-        """X_ref X^T of each pair (module of `reference`, module of `model`) over the same text, in float32.
-
-        Both modules must be called once a forward pass with inputs of the same token count.
-        """
-        cross: dict[str, Tensor] = {}
-        total: dict[str, Tensor] = {}
-        count = dict.fromkeys(modules, 0)
-        wanted: dict[str, Tensor] = {}
-
-        def keep(name: str, x: Tensor, ticket: int) -> None:
-            wanted[name] = x
-
-        def listen(name: str, x: Tensor, ticket: int) -> None:
-            before = wanted.pop(name)
-            _accumulate(cross, name, before.T @ x)
-            _accumulate(total, name, x.T @ x)
-            count[name] += x.shape[0]
-
-        theirs = {name: pair[0] for name, pair in modules.items()}
-        ours = {name: pair[1] for name, pair in modules.items()}
-        with (
-            _running(reference),
-            _running(model),
-            _Listening(theirs, keep) as first,
-            _Listening(ours, listen) as second,
-        ):
-            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
-                wanted.clear()
-                first.run(reference, batch)
-                second.run(model, batch)
-        _refuse_unreached(count)
-        return {
-            name: CrossMoment(cross=cross[name], total=total[name], count=count[name]) for name in modules
-        }
 
 
 def input_moments(model: "PreTrainedModel", context: Context, samples: int) -> dict[str, Tensor]:

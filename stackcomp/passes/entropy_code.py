@@ -21,7 +21,7 @@ class EntropyCode(Pass):
 
     Only the file gets smaller, and only the whole file's compression tells: memory, speed and the bytes of layers are as without. A
     tensor that would not get smaller stays as it is. It changes no fact, and is best put last, but need not be: the file stays coded
-    whatever follows, and codes what it becomes. What a file will take depends on its values: until it has been written, sizes are foretold
+    whatever follows, and codes what it becomes. What a file will take depends on its values: until it has been written, sizes are predicted
     without coding, which is an upper bound. `only` and `skip` cannot be given.
 
     Where we differ from the paper: codes are for bytes rather than for single values, which for packed values codes several of them

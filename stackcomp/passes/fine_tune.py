@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 class FineTune(TrainingPass):
     """Train the whole model on the labels of the task: cross-entropy, or squared error for numbers.
 
-    The settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup, schedule,
-    weight_decay, bf16, dropout, limit, save_every.
+    The settings are those of every training pass, which are listed in TrainSettings.
     """
 
     paper: ClassVar[str] = "Devlin et al., BERT, arXiv:1810.04805"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stackcomp.core.context import Context
     from stackcomp.training.scores import ScoredMask
 
-ROUNDING = 64  # values a weight, by which sizes foretold for even shares make up for bytes and groups that are not full
+ROUNDING = 64  # values a weight, by which sizes predicted for even shares make up for bytes and groups that are not full
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -41,8 +41,7 @@ class MovementPrune(LearnedForm):
 
     only, skip: the weights that are pruned; everything but `frozen` is trained. distill: follow the model as it came,
     with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task.
-    The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup, schedule,
-    weight_decay, bf16, dropout, limit, save_every.
+    The other settings are those of every training pass, which are listed in TrainSettings.
 
     Where we differ from the paper: embeddings are trained too unless frozen, and scores have the learning rate of the weights,
     as the order of scores under Adam does not depend on it.
@@ -111,9 +110,7 @@ class MovementPrune(LearnedForm):
         assert context.task is not None
         assert context.tokenizer is not None
         loss = self._loss(context)
-        total = training.planned_steps(
-            context.task, context.tokenizer, self._settings, labelled=loss.labelled
-        )
+        total = training.planned_steps(context.task, context.tokenizer, self, labelled=loss.labelled)
         end = min(int(self.end * total), total - 1)
         begin = min(int(self.begin * total), end)
         handles = {id_: nn.weights(model)[id_] for id_ in context.targets}

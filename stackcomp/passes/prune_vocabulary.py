@@ -30,7 +30,7 @@ class PruneVocabulary(Pass):
     least: how often a piece must stand in the text to stay, at least 1.
 
     Embeddings may be rounded or low rank by then, but not sparse: every row must be stored on its own. How many pieces will stay is known
-    when it has run: until then sizes are foretold for all of them, which is an upper bound. `only` and `skip` cannot be given. The model's
+    when it has run: until then sizes are predicted for all of them, which is an upper bound. `only` and `skip` cannot be given. The model's
     family must be in the table of families, and its tokenizer must be a fast one.
 
     Where we differ from the paper: it goes by the frequency in large corpora of a language, we by the text of one task, which is much

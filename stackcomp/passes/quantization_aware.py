@@ -32,8 +32,7 @@ class QuantizationAware(LearnedForm):
 
     only, skip: the weights that are rounded; everything but `frozen` is trained. distill: follow the model as it came, with this
     temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task. The other settings are
-    those of every training pass: epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, bf16, dropout, limit,
-    save_every.
+    those of every training pass, which are listed in TrainSettings.
 
     Where we differ from the papers: scales follow the values by least squares, where LSQ gives them gradients and TernaryBERT finds
     them anew at every step; the gradient reaches clipped values too; activations are not rounded; and binary weights start from the

@@ -39,8 +39,7 @@ class STF(LearnedForm):
 
     only, skip: the weights whose support is learned; everything but `frozen` is trained. distill: follow the model as it
     came, with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the
-    task. The other settings are those of every training pass: epochs, steps, learning_rate, batch_size, warmup,
-    schedule, weight_decay, bf16, dropout, limit, save_every.
+    task. The other settings are those of every training pass, which are listed in TrainSettings.
 
     Where we differ from the paper: the start and the projections are data-aware.
     """

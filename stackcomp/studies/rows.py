@@ -41,9 +41,9 @@ class Rows:
         if not self.path.is_file():
             return []
         found: list[Row] = []
-        for number, line in enumerate(self.path.read_text("utf8").splitlines(), 1):
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf8"))
                 row["key"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ResultsDamaged(

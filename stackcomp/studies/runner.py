@@ -3,6 +3,7 @@
     OUT/cache/FINGERPRINT/   a step: made once, whichever entries and processes want it
     OUT/entries/SLUG/        the result of an entry, while another one is to start from it
     OUT/locks/SLUG/          held by the process that runs the entry
+    OUT/study                the name of the study
 
 The rows alone say what is done. What no entry still to run can want is removed as soon as that is known.
 """
@@ -21,15 +22,17 @@ from typing import Any
 from stackcomp import checkpoint
 from stackcomp.core import manifest
 from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty
-from stackcomp.core.files import locked
+from stackcomp.core.files import locked, write_atomic
 from stackcomp.core.ledger import Ledger
 from stackcomp.core.selection import nearest
+from stackcomp.core.settings import within
 from stackcomp.manager import Measuring, PassManager
 from stackcomp.run import CHAIN
 from stackcomp.studies.forecast import Forecast, duration, forecast
 from stackcomp.studies.rows import Row, Rows, figures, stamp
 from stackcomp.studies.study import Entry, Study, line_of
 
+STUDY_FILE = "study"  # in the working folder: whose it is
 PATIENCE = 2.0  # seconds between looks at entries that another process runs
 
 
@@ -43,8 +46,8 @@ class Runner:
     """Runs `study` into `rows`, with `out` as its working folder, which several processes may share.
 
     only: globs on the keys of the entries to run, all of them when there is none. minutes: after so many no
-    further entry is started. tell: takes each line of progress. lost: finished entries whose result was wanted
-    again and could not be made.
+    further entry is started. kept: keys of entries whose result stays, for studies to come. tell: takes each line of
+    progress. lost: finished entries whose result was wanted again and could not be made.
     """
 
     study: Study
@@ -52,6 +55,7 @@ class Runner:
     out: Path
     only: tuple[str, ...] = ()
     minutes: float | None = None
+    kept: frozenset[str] = frozenset()
     tell: Callable[[str], None] = say
     lost: set[str] = field(default_factory=set[str], init=False)
 
@@ -67,8 +71,12 @@ class Runner:
 
     def begin(self) -> None:
         """Judge all pipelines, say what is to do, and forget the failures of earlier runs: they are tried again."""
+        if self.minutes is not None:
+            within("minutes", self.minutes, 0.0)
+        self.rows.folder.mkdir(parents=True, exist_ok=True)
         self.chosen()
         self.study.check()
+        self._claim()
         self.rows.remove(self.failed())
         self.tell(self.summary())
         self._prune()
@@ -248,6 +256,7 @@ class Runner:
             "labels": dict(entry.labels),
             **stamp(entry.pipeline, entry.seed),
             **entry.asked,
+            "task_digest": entry.task_digest,
         }
 
     # folders
@@ -281,6 +290,14 @@ class Runner:
                 ours = False
             yield ours
 
+    def _claim(self) -> None:
+        """Make `out` the folder of this study. Raises OutputInUse where it is another's, whose steps would be removed as nobody's."""
+        mark = self.out / STUDY_FILE
+        if mark.is_file() and (name := mark.read_text("utf8")) != self.study.name:
+            raise OutputInUse(f"{self.out} is the working folder of the study {name!r}: give another (--out)")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(mark, self.study.name)
+
     def _prune(self) -> None:
         """Remove steps and results that no entry still to run can want."""
         open_ = self._to_run(list(self.study.entries))
@@ -289,7 +306,7 @@ class Runner:
         marks = {mark for entry in open_ for mark in self._chain(entry)}
         sources = {entry.parent.key for entry in open_ if entry.parent is not None}
         for entry in self.study.entries:
-            if entry.key in keys:
+            if entry.key in keys | self.kept:
                 continue
             for name, mark in zip(entry.steps, self._chain(entry), strict=False):
                 if name not in names and mark not in marks:

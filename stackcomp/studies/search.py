@@ -18,7 +18,7 @@ from stackcomp.core.errors import MissingNeed, SettingError, StackcompError, Stu
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
-from stackcomp.core.settings import whole, within
+from stackcomp.core.settings import one_of, whole, within
 from stackcomp.manager import check
 from stackcomp.studies.combinations import THEN, Technique, techniques
 from stackcomp.studies.rows import Row, Rows, direction, unbeaten
@@ -53,7 +53,8 @@ class Rung:
 class Search:
     """What is searched for, and how much is spent on it.
 
-    name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run. Give one goal:
+    name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run; always: the names
+    of those that no pipeline leaves out. Give one goal:
     loss, the points that the smallest file may lose against the model as it came (the rise, where lower is better); or size_bytes, the
     largest file for the best score.
     pipelines: how many the first rung tries; rungs: the rounds, cheap ones first, the last one in full; keep: the share of the
@@ -68,6 +69,7 @@ class Search:
     passes: Mapping[str, Pass | Sequence[Pass]]
     loss: float | None = None
     size_bytes: int | None = None
+    always: tuple[str, ...] = ()
     pipelines: int = 48
     rungs: tuple[Rung, ...] = (Rung(examples=256, steps=0.1), Rung(examples=1000, steps=0.3), Rung())
     keep: float = 0.25
@@ -89,6 +91,8 @@ class Search:
         if not self.rungs or self.rungs[-1].steps != 1.0:
             raise SettingError("rungs: the last one must run all steps (steps=1.0)")
         techniques(self.passes)
+        for name in self.always:
+            one_of("always", name, self.passes)
 
     def cost(self, row: Row) -> float:
         """What is minimised: log2 of the bytes and the points beyond `loss`; or the points lost and the doublings beyond `size_bytes`.
@@ -135,9 +139,7 @@ class Found:
         )
 
 
-def search(
-    asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] = say, **running: Any
-) -> Found:
+def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] = say) -> Found:
     """Search, in the folder `out`, into `rows`; what stands in them already is not run again.
 
     Raises MissingNeed without Optuna, StudyRefused where no pipeline is legal or all failed, and what `Runner.go` raises.
@@ -147,11 +149,8 @@ def search(
     for place, rung in enumerate(asked.rungs[1:], 2):
         count = max(1, round(len(best) * asked.keep))
         tell(f"rung {place}: the best {count} of {len(best)} pipelines")
-        best = walk.rank(best[:count], rung, place)
-    last = [(choice, walk.row(choice)) for choice in best]
-    finished = [(choice, row) for choice, row in last if "error" not in row]
-    if not finished:
-        raise StudyRefused(f"search {asked.name!r}: every pipeline of the last rung failed; see {rows.path}")
+        best = walk.rank([choice for choice, _ in walk.finished(best)[:count]], rung, place)
+    finished = walk.finished(best)
     choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
     (chosen,) = walk.run([walk.final(choice)]).values()
     return Found(
@@ -203,6 +202,15 @@ class _Walk:
         """The row of a pipeline in the last rung that ran it."""
         return self._latest[choice]
 
+    def finished(self, choices: Sequence[Choice]) -> list[tuple[Choice, Row]]:
+        """Those of `choices` that did not fail, with their rows. Raises StudyRefused when all of them did."""
+        found = [(choice, row) for choice in choices if "error" not in (row := self.row(choice))]
+        if not found:
+            raise StudyRefused(
+                f"search {self._asked.name!r}: every pipeline of a rung failed; see {self._rows.path}"
+            )
+        return found
+
     def _proposals(self, tried: dict[Choice, float]) -> Iterator[list[Choice]]:
         """Batches of legal pipelines that are not in `tried`, which holds the cost of each earlier one by the next call."""
         optuna = _optuna()
@@ -211,7 +219,8 @@ class _Walk:
         study = optuna.create_study(sampler=sampler)
         space = {
             name: optuna.distributions.CategoricalDistribution(
-                [LEFT_OUT, *(str(one) for one in self._techniques if one.name == name)]
+                [LEFT_OUT] * (name not in asked.always)
+                + [str(one) for one in self._techniques if one.name == name]
             )
             for name in asked.passes
         }
@@ -244,11 +253,13 @@ class _Walk:
 
     def run(self, entries: Sequence[Entry]) -> dict[str, Row]:
         """The rows of `entries`, finished or failed, by key."""
-        study = Study(name=self._asked.name, entries=(*line_of(self._asked.model), *entries))
+        line = line_of(self._asked.model)
+        study = Study(name=self._asked.name, entries=(*line, *entries))
         keys = {entry.key for entry in entries}
         known = {row["key"]: row for row in self._rows.read()}
         if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
-            Runner(study=study, rows=self._rows, out=self._out, tell=self._tell).go()
+            kept = frozenset(entry.key for entry in line)  # all rungs start from it
+            Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
         return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
 
     def _entry(self, choice: Choice, rung: Rung, place: int) -> Entry:

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,9 +100,18 @@ class Entry:
         return "error" not in row and self.made(row)
 
     def made(self, row: Mapping[str, Any]) -> bool:
-        """Whether `row` is this entry's, finished or failed: of the same key and declaration."""
+        """Whether `row` is this entry's, finished or failed: of the same key and declaration, and of the same task where it says how
+        its task was declared."""
         asked = {"key": self.key, **self.asked}
-        return all(row.get(name) == value for name, value in asked.items())
+        return (
+            all(row.get(name) == value for name, value in asked.items())
+            and row.get("task_digest", self.task_digest) == self.task_digest
+        )
+
+    @cached_property
+    def task_digest(self) -> str:
+        """A digest of how the task is declared, but for where its data lie, which differs between machines."""
+        return digest(repr(replace(self.task, source=None)))[:12]
 
     @cached_property
     def steps(self) -> tuple[str, ...]:
@@ -114,7 +123,7 @@ class Entry:
         source = self._origin if self.parent else [self._origin, self.task.name, self.seed]  # a head is drawn
         names = [digest([source, str(self.tokenizer)])]
         for item in self.passes:
-            data = self.task.name if item.contract.needs else None
+            data = [self.task.name, self.task_digest] if item.contract.needs else None
             names.append(digest([names[-1], repr(item), self.seed, data]))
         return tuple(names)
 
@@ -160,9 +169,18 @@ class Study:
     skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
-            raise SettingError(f"name={self.name!r} names a file: use letters, digits, dots, - and _")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise SettingError(
+                f"name={self.name!r} names a file: use letters, digits, dots, - and _, a letter or digit first"
+            )
         object.__setattr__(self, "entries", tuple(self.entries))
+        if not self.entries:
+            raise StudyRefused(f"study {self.name!r} has no entries: give at least one")
+        for entry in self.entries:
+            if not isinstance(entry, Entry):
+                raise SettingError(
+                    f"study {self.name!r}: {entry!r} is no entry: build it with stackcomp.Entry"
+                )
         known: dict[str, Entry] = {}
         for entry in self.entries:
             if entry.key in known:

@@ -4,21 +4,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stackcomp.core.errors import SettingError
-from stackcomp.core.settings import whole, within
+from stackcomp.core.settings import one_of, whole, within
 
 DISTILLED = ("logits", "hidden", "attention", "relations", "labels")
 SCHEDULES = ("linear", "cosine", "constant")
+MOST_WARMUP = 0.99  # of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How to train: AdamW, warm-up then a schedule, batches of similar lengths.
 
-    epochs: passes over the data, fractions too. steps: an upper bound on optimizer steps, or None. warmup:
-    share of the steps with a rising rate. schedule: how the rate falls afterwards, to 0 (linear, cosine) or
-    not at all (constant). bf16: run forward and backward under bfloat16 autocast; parameters and optimizer
-    stay as they are. dropout: leave the model's dropout on. limit: train on so many examples, a fixed
-    random subset. save_every: steps between the checkpoints that a killed run resumes from.
+    epochs: passes over the training split, fractions too; steps: an upper bound on optimizer steps, or None; learning_rate: its peak;
+    batch_size: examples a step; warmup: share of the steps with a rising rate; schedule: how the rate falls afterwards, to 0 (linear,
+    cosine) or not at all (constant); weight_decay: of AdamW; gradient_clip: the most that the gradient's norm may be; bf16: run forward
+    and backward under bfloat16 autocast, while parameters and optimizer stay as they are; dropout: leave the model's dropout on; limit:
+    train on so many examples, a fixed random subset; save_every: steps between the points from which a killed run resumes.
     """
 
     epochs: float = 1.0
@@ -36,21 +37,15 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name}={getattr(self, name)!r} must be above 0")
+            within(name, getattr(self, name), 0.0, above=True)
         for name in ("batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)!r} must be at least 1")
+            whole(name, getattr(self, name), 1)
         for name in ("steps", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name}={value!r} must be at least 1, or None for no bound")
-        if not 0 <= self.warmup < 1:
-            raise SettingError(f"warmup={self.warmup!r} must be a share of the steps, in [0, 1)")
-        if self.weight_decay < 0:
-            raise SettingError(f"weight_decay={self.weight_decay!r} must be at least 0")
-        if self.schedule not in SCHEDULES:
-            raise SettingError(f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
+        within("warmup", self.warmup, 0.0, MOST_WARMUP)
+        within("weight_decay", self.weight_decay, 0.0)
+        one_of("schedule", self.schedule, SCHEDULES)
 
 
 def check_distillation(settings: Any) -> None:

@@ -3,17 +3,18 @@
 Imported by pass files at their top, so torch is imported only where a pass is applied.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import nn
 from stackcomp.core.contract import Need
 from stackcomp.core.facts import INTEGERS
 from stackcomp.core.passes import Findings, Pass
-from stackcomp.core.selection import Globs, chooses
-from stackcomp.core.settings import whole, within
+from stackcomp.core.selection import Globs, all_match, chooses
+from stackcomp.core.settings import within
 from stackcomp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -24,46 +25,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class TrainingPass(Pass):
+class TrainingPass(TrainSettings, Pass):
     """A pass that trains every floating-point parameter that `only` and `skip` leave it, embeddings and norms
     included.
 
     What earlier passes fixed stays fixed: a pruned entry stays zero, a support stays itself, an integer stays
     on its grid, and of a weight rounded to integers only the scales are trained, of a clustered one the shared values.
-
-    epochs: passes over the training split, fractions too, 0 does nothing; steps: an upper bound on optimizer
-    steps; learning_rate: its peak; batch_size: examples a step; warmup: share of the steps that the rate
-    rises; schedule: linear, cosine or constant; weight_decay: of AdamW; bf16: run under bfloat16 autocast;
-    dropout: leave the model's dropout on; limit: train on so many examples, a fixed random subset;
-    save_every: steps between the points from which a killed run resumes.
+    With epochs=0 it does nothing.
     """
 
-    epochs: float = 1.0
-    steps: int | None = None
-    learning_rate: float = 5e-5
-    batch_size: int = 32
-    warmup: float = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.01
-    bf16: bool = False
-    dropout: bool = True
-    limit: int | None = None
-    save_every: int = 100
-
     idle: ClassVar[Mapping[str, Any]] = {"epochs": 0}
+    __repr__ = Pass.__repr__
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is not None:
-            whole("steps", self.steps, 1)
+        Pass.__post_init__(self)
         if self.epochs != 0:
-            _ = self._settings
-
-    @property
-    def _settings(self) -> TrainSettings:
-        """The settings of the loop."""
-        names = TrainSettings.__dataclass_fields__
-        return TrainSettings(**{name: value for name, value in asdict(self).items() if name in names})
+            TrainSettings.__post_init__(self)
 
     @abstractmethod
     def _loss(self, context: "Context") -> "Loss":
@@ -72,6 +49,11 @@ class TrainingPass(Pass):
     def _learns(self, name: str) -> bool:
         """Whether the parameter of this name, relative to the base model, is trained."""
         return chooses(name, only=self.only, skip=self.skip)
+
+    @property
+    def _parameter_globs(self) -> dict[str, Globs]:
+        """The settings that this follows from, by name."""
+        return {"only": self.only, "skip": self.skip}
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         return {} if self.epochs == 0 else self._train(model, context, self._loss(context))
@@ -88,12 +70,14 @@ class TrainingPass(Pass):
 
         assert context.task is not None
         assert context.tokenizer is not None
+        named = itertools.chain(model.named_modules(), model.named_parameters())
+        all_match((nn.relative(model, name) for name, _ in named), **self._parameter_globs)
         report = training.train(
             model,
             task=context.task,
             tokenizer=context.tokenizer,
             loss=loss,
-            settings=self._settings,
+            settings=self,
             seed=context.seed,
             scratch=context.scratch,
             trainable=lambda name: self._learns(nn.relative(model, name)),
@@ -131,6 +115,8 @@ class LearnedForm(TrainingPass):
     hidden: float = 1.0
     dropout: bool = False
 
+    globs: ClassVar[tuple[str, ...]] = ("only", "skip", "frozen")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         within("temperature", self.temperature, 0.0, above=True)
@@ -142,6 +128,10 @@ class LearnedForm(TrainingPass):
 
     def _learns(self, name: str) -> bool:
         return chooses(name, only=None, skip=self.frozen)
+
+    @property
+    def _parameter_globs(self) -> dict[str, Globs]:
+        return {"frozen": self.frozen}
 
     def _loss(self, context: "Context") -> "Loss":
         from stackcomp import training

@@ -39,8 +39,13 @@ def test_text_is_read_and_never_run():
         sc.parse("Int8Weights(only=print('ran'))")
     with pytest.raises(UnknownPass, match=r"'Int8Weight'.*Int8Weights"):
         sc.parse("Int8Weight()")
-    with pytest.raises(SettingError, match="not a pipeline"):
-        sc.parse("Int8Weights(")
+    for text in ("Int8Weights(", 3):
+        with pytest.raises(SettingError, match="not a pipeline"):
+            sc.parse(text)
+    with pytest.raises(SettingError, match="without names"):
+        sc.parse("Pipeline(x=Int8Weights())")
+    with pytest.raises(SettingError, match="one by one"):
+        sc.parse("Int8Weights(**{'only': 'a'})")
 
 
 def test_a_misspelt_setting_is_refused_with_the_nearest():
@@ -60,6 +65,14 @@ def test_a_sparsity_out_of_range_names_itself(value):
 def test_globs_must_be_strings(value):
     with pytest.raises(SettingError, match="only="):
         sc.Int8Weights(only=value)
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_a_switch_is_on_or_off(value):
+    with pytest.raises(SettingError, match=r"bf16=.* is neither on nor off"):
+        sc.FineTune(bf16=value)
+    with pytest.raises(SettingError, match="bits="):
+        sc.LowBitWeights(bits=True)
 
 
 def test_what_is_no_pass_is_refused():

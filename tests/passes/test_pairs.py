@@ -45,8 +45,8 @@ def test_pair(first, second, tmp_path, cache):
     file_bytes = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert result.ledger.rows[-1].size_bytes == file_bytes
     assert sum(checkpoint.components(tmp_path / "out").values()) == file_bytes
-    foretold = sc.sizes(pipeline, model)[-1]
-    assert foretold.size_bytes >= file_bytes if foretold.reasons else foretold.size_bytes == file_bytes
+    predicted = sc.sizes(pipeline, model)[-1]
+    assert predicted.size_bytes >= file_bytes if predicted.reasons else predicted.size_bytes == file_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import stackcomp as sc
 from stackcomp import metrics, nn
 from stackcomp.core.context import Context
-from stackcomp.core.errors import SettingError
+from stackcomp.core.errors import SelectionEmpty, SettingError
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -42,6 +42,25 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(tokenizer, tmp_pa
     )
     sc.Distill(epochs=10, learning_rate=3e-3, batch_size=8).apply(student, context)
     assert (logits(student, tokenizer) - wanted).square().mean() < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    ("training", "setting"),
+    [
+        (sc.FineTune(skip="embedings"), "skip"),
+        (sc.Distill(only=("classifier", "embedings")), "only"),
+        (sc.QuantizationAware(only=BLOCKS, frozen="embedings"), "frozen"),
+        (sc.STF(frozen="embedings"), "frozen"),
+    ],
+)
+def test_a_misspelt_glob_is_named_before_the_first_step(training, setting, tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    if isinstance(training, sc.STF):
+        apply(sc.DenseSparse(ratio=1.5, only=BLOCKS, data_aware=False), model, tokenizer, tmp_path)
+    with pytest.raises(SelectionEmpty, match=rf"{setting}='embedings' matches no layer.*embeddings"):
+        apply(training, model, tokenizer, tmp_path)
+    with pytest.raises(SettingError, match="frozen=3 is no glob"):
+        sc.STF(frozen=3)
 
 
 @pytest.mark.parametrize(

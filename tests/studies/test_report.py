@@ -1,6 +1,10 @@
 """The report: what it says of hand-made rows, that it opens offline, and the command that writes it."""
 
+import json
 import re
+import shutil
+import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -11,6 +15,7 @@ from stackcomp.core.errors import StudyRefused
 from stackcomp.studies.report import write
 from stackcomp.studies.report.document import Table, html, markdown
 from stackcomp.studies.study import Skipped
+from tests import toys
 from tests.studies.analysis.made import row
 from tests.studies.counted import Broken, applied
 
@@ -39,8 +44,24 @@ for one in ROWS:  # the made rows are of a model of 1,000 bytes
 
 def texts(tmp_path, rows=ROWS, skipped=(), **settings):
     """Both files of a report."""
-    study = sc.Study(name="toy", entries=(), skipped=tuple(skipped))
+    idle = sc.Entry(key="idle", model="toy", task=toys.classification_task(), pipeline=sc.Int8Weights())
+    study = sc.Study(name="toy", entries=(idle,), skipped=tuple(skipped))
     return [path.read_text("utf8") for path in write(study, rows, tmp_path, **settings)]
+
+
+def test_timed_pipelines_are_also_shown_by_latency(tmp_path):
+    times = (0.5, 1.5, 0.9, 1.2)
+    timed = [
+        {**one, "latency_ratio": time, "latency_ms": time} for one, time in zip(ROWS, times, strict=True)
+    ]
+    page, text = texts(tmp_path, timed)
+    assert "Score against latency" in page
+    (front,) = re.findall(r"as fast and scores as much\..*?(\|.*?)\n\n", text, re.DOTALL)
+    assert [line.split("|")[2].strip() for line in front.splitlines()[2:]] == ["dense", "half"]
+    assert "| 0.50x |" in front
+    assert "half: 79.50, 0.50 of dense latency" in page
+    untimed = texts(tmp_path, [*timed[1:], ROWS[0]])
+    assert all("against latency" not in one for one in untimed)
 
 
 class Tags(HTMLParser):
@@ -162,3 +183,50 @@ def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(StudyRefused, match="run it first"):
         texts(tmp_path, [])
     assert Broken.paper
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LOOK = """
+<iframe width="{width}" height="900" srcdoc="{page}"></iframe>
+<script>
+window.onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, body = getComputedStyle(page.body)
+  const plots = [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect()).filter(one => one.height > 100)
+  document.body.innerText = JSON.stringify({{
+    width: page.documentElement.scrollWidth, colours: [body.color, body.backgroundColor], plots: plots.map(one => one.width)
+  }})
+}}
+</script>"""
+
+
+def luminance(colour):
+    """Relative luminance of `rgb(r, g, b)`, as WCAG 2 defines it."""
+    shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_it_fits_a_phone_and_a_desk_by_day_and_by_night(tmp_path, width, scheme):
+    timed = [{**one, "latency_ratio": 0.5, "latency_ms": 1.0} for one in ROWS]
+    page, _ = texts(tmp_path, timed)
+    (tmp_path / "look.html").write_text(LOOK.format(width=width, page=escape(page)))
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'browser'}",
+    ]
+    command += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"]
+    command += ["--window-size=1400,1000", "--dump-dom", (tmp_path / "look.html").as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = json.loads(re.search(r"\{.*\}", seen)[0])
+    assert found["width"] <= width  # nothing sticks out
+    assert len(found["plots"]) >= 2
+    assert all(0.4 * min(width, 800) < plot <= width for plot in found["plots"])
+    ink, paper = map(luminance, found["colours"])
+    assert (ink > paper) == (scheme == "dark")
+    assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 7

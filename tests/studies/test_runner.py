@@ -13,7 +13,7 @@ import pytest
 import stackcomp as sc
 from stackcomp import checkpoint, metrics
 from stackcomp.cli import main
-from stackcomp.core.errors import CheckpointError, PipelineRefused, SelectionEmpty
+from stackcomp.core.errors import CheckpointError, OutputInUse, PipelineRefused, SelectionEmpty, SettingError
 from stackcomp.studies import Rows, Runner
 from tests.studies.counted import Broken, Prune, Round, applied, entry, study
 
@@ -151,11 +151,24 @@ def test_an_illegal_pipeline_is_refused_before_any_run(run, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_is_of_one_study_and_results_can_be_written_before_anything_runs(run, folder, tmp_path):
+    run(sc.Study(name="toy", entries=(entry("fine", folder, Prune()),)))
+    with pytest.raises(OutputInUse, match="working folder of the study 'toy'"):
+        run(sc.Study(name="other", entries=(entry("fine", folder, Prune()),)))
+    (tmp_path / "file").write_text("")
+    rows = Rows(name="toy", folder=tmp_path / "file")
+    with pytest.raises(FileExistsError):
+        Runner(study=study(folder), rows=rows, out=tmp_path / "out").go()
+    assert applied() == ["Prune"]
+
+
 def test_no_entry_is_started_after_the_minutes_are_over(run, folder, capsys):
     assert run(study(folder), minutes=0) == (0, {})
     assert "run the same command again" in capsys.readouterr().out
     with pytest.raises(SelectionEmpty, match="the nearest keys are tuned"):
         run(study(folder), only=("tnued",))
+    with pytest.raises(SettingError, match="minutes=nan"):
+        run(study(folder), minutes=float("nan"))
 
 
 FILE = """

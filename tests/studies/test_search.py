@@ -12,7 +12,7 @@ from stackcomp.studies import Rows
 from stackcomp.studies import search as searching
 from stackcomp.studies.search import search
 from tests import toys
-from tests.studies.counted import Prune, Round, Train, applied
+from tests.studies.counted import Broken, Prune, Round, Train, applied
 
 RUNGS = (sc.Rung(examples=6, steps=0.5), sc.Rung())
 PASSES = {
@@ -85,6 +85,18 @@ def test_the_best_of_a_rung_go_on_and_the_rows_are_enough_to_go_on_elsewhere(
     assert len(applied()) < 2 * count
 
 
+def test_the_model_that_all_batches_and_rungs_start_from_is_made_once(go, folder, monkeypatch):
+    monkeypatch.setattr(searching, "BATCH", 2)
+    tuned = sc.Entry(
+        key="tuned",
+        model=folder,
+        task=toys.classification_task(),
+        pipeline=sc.Pipeline(Train(steps=3, batch_size=4)),
+    )
+    go(asked(tuned, passes={"prune": PASSES["prune"], "int8": Round()}, pipelines=5))
+    assert sum("Train" in name for name in applied()) == 1
+
+
 def test_within_a_size_it_is_the_best_score(go, folder):
     few = {"prune": PASSES["prune"], "int8": Round()}
     free, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
@@ -102,6 +114,19 @@ def test_what_no_contract_allows_is_not_tried_and_what_fails_costs_too_much(go, 
     assert {tuple(row["labels"]["passes"]) for row in rung(rows, 1)} == {("int8",), ("prune",)}
     mine = asked(folder)
     assert mine.cost({"error": {}}) == float("inf")
+
+
+def test_what_is_always_in_is_in_every_pipeline(go, folder):
+    _, rows = go(asked(folder, pipelines=50, always=("prune", "int8"), rungs=(sc.Rung(examples=4),)))
+    passes = {tuple(row["labels"]["passes"]) for row in rung(rows, 1)}
+    assert passes == {("prune", "int8"), ("prune", "tune", "int8")}
+
+
+def test_a_rung_in_which_all_fail_ends_the_search(go, folder):
+    broken = asked(folder, passes={"broken": Broken(sparsity=0.5)}, pipelines=1)
+    with pytest.raises(StudyRefused, match=r"every pipeline of a rung failed; see .*toy\.jsonl"):
+        go(broken)
+    assert applied() == []
 
 
 def test_a_lower_perplexity_is_no_loss(folder):
@@ -131,6 +156,7 @@ def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
         ({"keep": 0.0}, "keep=0.0"),
         ({"pipelines": 0}, "pipelines=0"),
         ({"passes": {}}, "holds no technique"),
+        ({"always": ("prun",)}, "always='prun' is not known"),
     ],
 )
 def test_bad_settings_are_refused_at_once(folder, settings, said):

@@ -1,5 +1,7 @@
 """What a study refuses before anything runs, and which steps its declaration says are one."""
 
+from dataclasses import replace
+
 import pytest
 
 import stackcomp as sc
@@ -50,8 +52,13 @@ def test_wrong_types_are_refused_where_they_are_written(settings, said):
     }
     with pytest.raises(SettingError, match=said):
         sc.Entry(**{**right, **settings})
-    with pytest.raises(SettingError, match="names a file"):
-        sc.Study(name="a/b", entries=())
+    for name in ("a/b", "..", 3):
+        with pytest.raises(SettingError, match="names a file"):
+            sc.Study(name=name, entries=())
+    with pytest.raises(SettingError, match="'a' is no entry"):
+        sc.Study(name="a", entries=("a",))
+    with pytest.raises(StudyRefused, match="has no entries"):
+        sc.Study(name="a", entries=())
 
 
 def test_a_row_is_an_entrys_when_all_of_the_declaration_agrees(folder):
@@ -62,6 +69,11 @@ def test_a_row_is_an_entrys_when_all_of_the_declaration_agrees(folder):
     for changed in ({"seed": 1}, {"limit": 9}, {"pipeline": sc.Pipeline(Prune(sparsity=0.4))}):
         settings = {"key": pruned.key, "model": tuned, "pipeline": pruned.pipeline, "task": pruned.task}
         assert not sc.Entry(**{**settings, "limit": 8, **changed}).is_done(row)
+    shorter = replace(pruned, task=replace(pruned.task, max_length=8))
+    assert shorter.is_done(row)  # which does not say how its task was declared
+    assert not shorter.is_done({**row, "task_digest": pruned.task_digest})
+    elsewhere = replace(pruned.task, source=sc.tasks.glue("sst2").source)
+    assert replace(pruned, task=elsewhere).is_done({**row, "task_digest": pruned.task_digest})
     other = sc.Entry(key="tuned", model=folder, pipeline=tuned.pipeline, task=tuned.task, seed=1)
     assert not entry(pruned.key, other, *pruned.passes).is_done(row)
 

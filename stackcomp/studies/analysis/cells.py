@@ -112,6 +112,12 @@ class Cell:
         return _exact([-log(row["latency_ratio"]) for row in self.rows])
 
     @property
+    def latency(self) -> float:
+        """Milliseconds over those of the model as it came, of a pipeline that was timed."""
+        assert self.log_speed is not None
+        return exp(-self.log_speed.value)
+
+    @property
     def compression(self) -> float:
         """Of the file."""
         return exp(self.log_file.value)
@@ -180,6 +186,11 @@ class Cells:
     def ran(self) -> tuple[Cell, ...]:
         """All pipelines: those with techniques, and before them the recovery alone, if there is one."""
         return self.cells if self.dense is self.came else (self.dense, *self.cells)
+
+    @property
+    def timed(self) -> bool:
+        """Whether all pipelines were timed."""
+        return all(cell.log_speed is not None for cell in self.ran)
 
     @property
     def metric(self) -> str:

@@ -114,11 +114,12 @@ def _sum(terms: Sequence[tuple[float, list[Cell]]], of: Callable[[Cell], Estimat
     return combined((sign, mean([of(cell) for cell in group])) for sign, group in terms)
 
 
-def pareto(cells: Cells, of: Bytes = "file") -> list[Cell]:
-    """The pipelines, and the dense model, that no other one beats in bytes without scoring less; the largest first."""
+def pareto(cells: Cells, cost: Callable[[Cell], float] = lambda cell: cell.size_bytes) -> list[Cell]:
+    """The pipelines, and the dense model, that no other one beats in cost (bytes of the file, unless said) without scoring less; the
+    dearest first."""
     found = unbeaten(
         [cells.came, *cells.ran],
-        cost=lambda cell: _bytes(cell, of),
+        cost=cost,
         worth=lambda cell: cells.sign * cell.score,
     )
     return found[::-1]

@@ -69,6 +69,9 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
     )
     yield Heading("Score against bytes")
     yield from _front(cells, floor)
+    if cells.timed:
+        yield Heading("Score against latency")
+        yield from _fastest(cells, floor)
     yield Heading("Which technique gave it")
     yield from _attributions(cells, choice)
     yield Heading("Do two techniques help each other?")
@@ -182,6 +185,28 @@ def _front(cells: Cells, floor: float) -> Iterator[Part]:
                 _mb(cell.size_bytes),
                 f"{cell.compression:.2f}x",
                 f"{exp(cell.log_encoder.value):.2f}x",
+            ]
+            for number, cell in enumerate(front, 1)
+        ],
+        left=2,
+    )
+
+
+def _fastest(cells: Cells, floor: float) -> Iterator[Part]:
+    across = pictures.LATENCY
+    front = pareto(cells, across.of)
+    yield pictures.pareto(cells, front, floor, across)
+    yield "The Pareto front: no other pipeline is as fast and scores as much. One batch of texts, beside the dense model in turn."
+    yield Table(
+        titles=["", "pipeline", cells.metric, "against dense", "latency", "file"],
+        rows=[
+            [
+                str(number),
+                cell.name,
+                f"{cell.score:.2f}",
+                str(cell.change),
+                f"{across.of(cell):.2f}x",
+                _mb(cell.size_bytes),
             ]
             for number, cell in enumerate(front, 1)
         ],

@@ -1,6 +1,6 @@
 """Pictures as inline SVG and HTML that follow the width of the page: places across are in percent, letters keep their size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor, log, log10
@@ -21,21 +21,44 @@ COMPONENTS = {  # of a file, and their colours
 
 
 @dataclass(frozen=True, kw_only=True)
+class Across:
+    """What a plot shows across, on a logarithmic axis: the figure of a pipeline, in `unit`s, which the title names."""
+
+    of: Callable[[Cell], float]
+    words: str
+    title: str
+    unit: float = 1.0
+
+    def said(self, cell: Cell) -> str:
+        """The figure with its unit."""
+        return f"{self.of(cell) / self.unit:.2f} {self.title}"
+
+
+BYTES = Across(of=lambda cell: cell.size_bytes, words="bytes of the whole file", title="MB", unit=1e6)
+LATENCY = Across(
+    of=lambda cell: cell.latency,
+    words="latency beside that of the dense model in the same process, to the left of 1 faster",
+    title="of dense latency",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The part of a plot that is shown: bytes on a logarithmic axis, scores on a linear one, the better ones above.
+    """The part of a plot that is shown: costs on a logarithmic axis, scores on a linear one, the better ones above.
 
     sign: -1 where lower scores are better; worst, best: times the sign.
     """
 
+    across: Across
     least: float
     most: float
     worst: float
     best: float
     sign: int
 
-    def x(self, size: float) -> str:
+    def x(self, cost: float) -> str:
         """Across, in percent."""
-        return f"{100 * log(size / self.least) / log(self.most / self.least):.2f}%"
+        return f"{100 * log(cost / self.least) / log(self.most / self.least):.2f}%"
 
     def y(self, score: float) -> float:
         """Down, in pixels; what is not shown is put on the edge."""
@@ -47,11 +70,11 @@ class _Frame:
         return self.sign * score >= self.worst
 
 
-def pareto(cells: Cells, front: Sequence[Cell], lowest: float) -> Picture:
-    """Score against bytes of the file: every pipeline, the front numbered, the model as it came with its noise, the floor."""
+def pareto(cells: Cells, front: Sequence[Cell], lowest: float, across: Across = BYTES) -> Picture:
+    """Score against cost: every pipeline, the front numbered, the model as it came with its noise, the floor."""
     everything = [cells.came, *cells.ran]
     came, noise = cells.came.score, median(cell.change.half for cell in cells.cells)
-    frame = _frame(cells, everything, lowest, noise)
+    frame = _frame(cells, everything, lowest, noise, across)
     high, low = sorted((frame.y(came + noise), frame.y(came - noise)))
     parts = [
         f'<rect x="0" width="100%" y="{high}" height="{low - high:.1f}" fill="var(--band)"/>',
@@ -61,8 +84,8 @@ def pareto(cells: Cells, front: Sequence[Cell], lowest: float) -> Picture:
     ]
     for larger, smaller in pairwise(front):
         left, right, above, below = (
-            frame.x(smaller.size_bytes),
-            frame.x(larger.size_bytes),
+            frame.x(across.of(smaller)),
+            frame.x(across.of(larger)),
             frame.y(larger.score),
             frame.y(smaller.score),
         )
@@ -70,7 +93,7 @@ def pareto(cells: Cells, front: Sequence[Cell], lowest: float) -> Picture:
         parts.append(_line(right, right, above, below, "var(--first)"))
     parts += [_mark(frame, cell, front) for cell in sorted(everything, key=lambda cell: cell in front)]
     caption = (
-        "Score against bytes of the whole file (logarithmic). Square: the dense model; diamond: one technique; circle: a stack. "
+        f"Score against {across.words} (logarithmic). Square: the dense model; diamond: one technique; circle: a stack. "
         "Filled, joined and numbered as in the table: the Pareto front. Solid line: the model as it came; grey: how far from "
         "it a score may be by chance, the 95% noise of the difference, in the middle of all pipelines. "
         f"Dashed line: the floor, {lowest:.2f}. Triangle on the lower edge: it scores less than is shown."
@@ -79,9 +102,9 @@ def pareto(cells: Cells, front: Sequence[Cell], lowest: float) -> Picture:
     return _figure(plot, caption)
 
 
-def _frame(cells: Cells, everything: Sequence[Cell], lowest: float, noise: float) -> _Frame:
-    """All sizes, and the scores that are not far below the floor."""
-    sizes = [cell.size_bytes for cell in everything]
+def _frame(cells: Cells, everything: Sequence[Cell], lowest: float, noise: float, across: Across) -> _Frame:
+    """All costs, and the scores that are not far below the floor."""
+    costs = [across.of(cell) for cell in everything]
     came = cells.sign * cells.came.score
     depth = max(4 * abs(came - cells.sign * lowest), 2 * noise)
     heights = [cells.sign * cell.score for cell in everything]
@@ -90,8 +113,9 @@ def _frame(cells: Cells, everything: Sequence[Cell], lowest: float, noise: float
     most = max(*shown, came + noise, cells.sign * lowest)
     room = 0.06 * (most - least) or 1.0
     return _Frame(
-        least=min(sizes) / 1.12,
-        most=max(sizes) * 1.12,
+        across=across,
+        least=min(costs) / 1.12,
+        most=max(costs) * 1.12,
         worst=least - room,
         best=most + room,
         sign=cells.sign,
@@ -107,11 +131,11 @@ def _axes(frame: _Frame, metric: str) -> list[str]:
         y = frame.y(frame.sign * score)
         parts.append(_line("0", "100%", y, y, "var(--line)"))
         parts.append(_text("0", y + 4, f"{frame.sign * score:g}", "end", "quiet", -8))
-    for size in _sizes(frame.least, frame.most):
-        x = frame.x(size)
+    for cost in _ticks(frame.least, frame.most):
+        x = frame.x(cost)
         parts.append(_line(x, x, HEIGHT, HEIGHT + 5, "var(--quiet)"))
-        parts.append(_text(x, HEIGHT + 20, f"{size / 1e6:g}", "middle", "quiet"))
-    parts.append(_text("100%", HEIGHT + 40, "MB", "end"))
+        parts.append(_text(x, HEIGHT + 20, f"{cost / frame.across.unit:g}", "middle", "quiet"))
+    parts.append(_text("100%", HEIGHT + 40, frame.across.title, "end"))
     parts.append(_text("0", -4, metric, "start", "", -40))
     return parts
 
@@ -122,8 +146,8 @@ def _step(span: float) -> float:
     return next(power * many for many in (1, 2, 5, 10) if power * many >= span / 5)
 
 
-def _sizes(least: float, most: float) -> list[float]:
-    """Round numbers of bytes between the two, few enough for a narrow page."""
+def _ticks(least: float, most: float) -> list[float]:
+    """Round numbers between the two, few enough for a narrow page."""
     powers = [10.0**power for power in range(floor(log10(least)), ceil(log10(most)) + 1)]
     for many in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,)):
         found = [part * power for power in powers for part in many if least <= part * power <= most]
@@ -134,7 +158,7 @@ def _sizes(least: float, most: float) -> list[float]:
 
 def _mark(frame: _Frame, cell: Cell, front: Sequence[Cell]) -> str:
     """The cell's symbol with its name for a pointer that rests on it; on the front, its interval and number."""
-    x, y = frame.x(cell.size_bytes), frame.y(cell.score)
+    x, y = frame.x(frame.across.of(cell)), frame.y(cell.score)
     on_front = cell in front
     fill = "var(--first)" if on_front else "none"
     stroke = "var(--first)" if on_front else "var(--quiet)"
@@ -142,7 +166,7 @@ def _mark(frame: _Frame, cell: Cell, front: Sequence[Cell]) -> str:
     shape = shapes.get(len(cell.passes), "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0 -5 0Z")
     if not frame.holds(cell.score):
         shape = "M-6 -5H6L0 6Z"
-    said = escape(f"{cell.name}: {cell.score:.2f}, {cell.size_bytes / 1e6:.2f} MB")
+    said = escape(f"{cell.name}: {cell.score:.2f}, {frame.across.said(cell)}")
     # a path has no percent: a group at the place, by an inner svg
     symbol = f'<svg x="{x}" y="{y}"><path d="{shape}" fill="{fill}" stroke="{stroke}"><title>{said}</title></path></svg>'
     if not on_front:

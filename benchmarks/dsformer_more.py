@@ -1,0 +1,140 @@
+"""The smaller studies of DSFormer as Markdown: in few bits (low_bit.py), its options (options.py), on a decoder (decoder.py).
+
+Each is a grid of scores: a line a method or option, a column a budget or task. Only finished rows count.
+"""
+
+from collections.abc import Callable, Sequence
+from math import hypot
+
+from benchmarks.dsformer import TASKS
+from benchmarks.tables import made_by, not_run, plus_minus, table
+from stackcomp.studies.rows import Row
+
+ROUNDINGS = ("rounded", "ternary", "binary")  # how the names of methods begin that only round
+DENSE_SPARSE = ("dense-sparse", "STF")
+AS_IN_TABLE = "as in the table"
+
+LOW_BIT = """\
+The encoder in so many bits a weight, all bytes counted: values, scales and indices. Every method but plain rounding gets the same
+steps of recovery, with rounding in their loop. A cell is the score and, behind it, the bits that the row really came to; the best of a
+column is bold."""
+
+OPTIONS = """\
+One option of STF changed at a time, at an encoder compression of 3.57x; one seed. *Behind* is the score less that of the recipe of the
+table."""
+
+DECODER = """\
+SmolLM2-135M after factorizing alone: no gradient step, the same calibration text and the same bytes for both. Figures are perplexities
+on WikiText-2, so lower is better. The model comes as a file of 4 bits, from which it was read; all of it is relative to that."""
+
+
+def low_bit(rows: Sequence[Row]) -> str:
+    """A table a task, and from where on dense-sparse stacks pay."""
+    done = _finished(rows)
+    if not done:
+        return not_run("low_bit")
+    parts = [LOW_BIT]
+    for task in _labels(done, "task"):
+        here = [row for row in done if row["labels"]["task"] == task]
+        tried = [row for row in here if "bits" in row["labels"]]
+        if not tried:
+            continue
+        budgets = sorted(_labels(tried, "bits"), reverse=True)
+        best = {bits: max(row["score"] for row in tried if row["labels"]["bits"] == bits) for bits in budgets}
+
+        def cell(row: Row, best: dict[float, float] = best) -> str:
+            said = f"{row['score']:.2f} ({32 / row['layer_compression']:.2f})"
+            return f"**{said}**" if row["score"] == best[row["labels"]["bits"]] else said
+
+        dense = [f", dense {row['score']:.2f}" for row in here if row["labels"]["method"] == "dense"]
+        parts += [
+            f"### {TASKS[task]}{''.join(dense)}",
+            _grid(tried, "method", "bits", cell, [f"{bits:g} bits" for bits in budgets], budgets),
+            "\n".join(f"- {line}" for line in (_winner(tried, bits) for bits in budgets) if line),
+        ]
+    return "\n\n".join([*parts, made_by("low_bit", done)])
+
+
+def _winner(rows: Sequence[Row], bits: float) -> str:
+    """The best dense-sparse stack beside the best rounding at a budget."""
+    here = [row for row in rows if row["labels"]["bits"] == bits]
+    found = [
+        max(some, key=lambda row: row["score"])
+        for names in (DENSE_SPARSE, ROUNDINGS)
+        if (some := [row for row in here if row["labels"]["method"].startswith(names)])
+    ]
+    if len(found) < 2:
+        return ""
+    ours, theirs = found
+    gap = ours["score"] - theirs["score"]
+    noise = hypot(ours["difference_noise"], theirs["difference_noise"])
+    verdict = "within the noise" if abs(gap) <= noise else "dense-sparse wins" if gap > 0 else "rounding wins"
+    return (
+        f"{bits:g} bits: {ours['labels']['method']} minus {theirs['labels']['method']} "
+        f"{plus_minus(gap, noise, signed=True)}: {verdict}."
+    )
+
+
+def options(rows: Sequence[Row]) -> str:
+    """A line an option: its score on each task, and how far it is behind the recipe of the table."""
+    done = [row for row in _finished(rows) if row["labels"]["method"] != "dense"]
+    if not done:
+        return not_run("options")
+    recipe = {row["labels"]["task"]: row["score"] for row in done if row["labels"]["method"] == AS_IN_TABLE}
+
+    def cell(row: Row) -> str:
+        task = row["labels"]["task"]
+        said = plus_minus(row["score"], row["noise"])
+        compared = task in recipe and row["labels"]["method"] != AS_IN_TABLE
+        return f"{said} ({row['score'] - recipe[task]:+.2f})" if compared else said
+
+    tasks = _labels(done, "task")
+    grid = _grid(done, "method", "task", cell, [TASKS[task] for task in tasks], tasks)
+    return "\n\n".join([OPTIONS, grid, made_by("options", done)])
+
+
+def decoder(rows: Sequence[Row]) -> str:
+    """A line a method: its perplexity at each ratio."""
+    done = _finished(rows)
+    if not done:
+        return not_run("decoder")
+    ratios = sorted(_labels(done, "ratio"))
+    dense = done[0]["steps"][0]
+    grid = _grid(
+        done,
+        "method",
+        "ratio",
+        lambda row: plus_minus(row["score"], row["noise"]),
+        [f"layers {ratio:g}x" for ratio in ratios],
+        ratios,
+    )
+    files = ", ".join(
+        f"{row['compression']:.2f}x at {row['labels']['ratio']:g}x"
+        for row in sorted(done, key=lambda row: row["labels"]["ratio"])
+        if row["labels"]["method"] == "dense-sparse"
+    )
+    words = f"The dense model: {plus_minus(dense['score'], dense['noise'])}. The whole file becomes {files}."
+    return "\n\n".join([DECODER, grid, words, made_by("decoder", done)])
+
+
+def _finished(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "error" not in row]
+
+
+def _labels(rows: Sequence[Row], name: str) -> list:
+    """The values of a label, in the order in which they come."""
+    return list(dict.fromkeys(row["labels"][name] for row in rows))
+
+
+def _grid(
+    rows: Sequence[Row],
+    line: str,
+    column: str,
+    cell: Callable[[Row], str],
+    titles: Sequence[str],
+    columns: Sequence[object],
+) -> str:
+    """A line for each value of one label, a column for each of another; a dash where there is no row."""
+    found = {(row["labels"][line], row["labels"][column]): cell(row) for row in rows}
+    cells = [[name, *(found.get((name, value), "-") for value in columns)] for name in _labels(rows, line)]
+    return table([line, *titles], cells)
