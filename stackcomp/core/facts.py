@@ -22,7 +22,7 @@ class Fact(StrEnum):
     DENSE = "dense"  # every entry is stored
     SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
     FACTOR = "factor"  # the part is one factor of a product
-    KRONECKER = "kronecker"  # the part is one side of a sum of Kronecker products: no product of vectors with it is one of the layer
+    KRONECKER = "kronecker"  # the part is one side of a sum of Kronecker products
     DYNAMIC = "dynamic"  # the inputs of its product are rounded to int8 as they come
     TRAINABLE = "trainable"  # its values can take a gradient step
 
