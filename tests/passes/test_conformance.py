@@ -144,6 +144,22 @@ def test_tied_weights_stay_tied(step, tokenizer, tmp_path):
     assert set(words.spec.paths) == {"wte", "lm_head"}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_generates_the_same_after_it_reloads(step, family, tokenizer, tmp_path):
+    model = toys.language_model(family)
+    apply(step, model, tokenizer, tmp_path, task=toys.language_task())
+    ids = toys.batch(tokenizer)["input_ids"][:1] % model.get_input_embeddings().num_embeddings
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.eval()
+    with torch.no_grad():
+        wanted = model.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, use_cache=False, **settings), wanted)
+        checkpoint.save(model, tmp_path / "saved")
+        again = checkpoint.load(tmp_path / "saved")
+        assert torch.equal(again.generate(ids, **settings), wanted)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("name", sorted(name for name, cls in PASSES.items() if cls.idle is not None))
 def test_settings_that_ask_for_nothing_do_nothing(name, model, tokenizer, tmp_path):
     before = nn.weights_digest(model)
