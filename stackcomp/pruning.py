@@ -7,6 +7,7 @@ What a pass adds is which entries stay, or what a unit is.
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import data, nn, training
@@ -48,6 +49,11 @@ class PruningPass(Pass):
         return sparsity_groups(self.sparsity)
 
     @property
+    def _block(self) -> tuple[int, int]:
+        """The shape of what is kept or dropped together."""
+        return 1, 1
+
+    @property
     def _share(self) -> float:
         """The share that is kept, of a sparsity that is a share."""
         return 1 - float(self.sparsity)
@@ -58,7 +64,7 @@ class PruningPass(Pass):
             return Contract(requires=facts(Fact.FLOAT, Fact.DENSE))
         return Contract(
             requires=facts(Fact.FLOAT, Fact.DENSE),
-            forbids=facts(Fact.FACTOR) if self._groups else facts(),
+            forbids=facts(Fact.FACTOR) if self._groups or self._block != (1, 1) else facts(),
             adds=facts(Fact.SPARSE),
             removes=facts(Fact.DENSE),
         )
@@ -66,12 +72,13 @@ class PruningPass(Pass):
     def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
         if self.sparsity == 0:
             return (spec,)
-        return (spec.pruned(self._groups or {part: self._kept(spec, part) for part in spec.matrices}),)
+        kept = self._groups or {part: self._kept(spec, part) for part in spec.matrices}
+        return (spec.pruned(kept, self._block),)
 
     def _kept(self, spec: WeightSpec, part: str) -> int:
         """How many entries of a matrix stay, of a sparsity that is a share."""
-        matrix = spec.matrices[part]
-        return max(1, round(matrix.rows * matrix.cols * self._share))
+        matrix, area = spec.matrices[part], prod(self._block)
+        return area * max(1, round(matrix.rows * matrix.cols // area * self._share))
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         groups_fit(self.sparsity, weights)

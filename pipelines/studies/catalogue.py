@@ -31,6 +31,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
         yield f"magnitude pruning, {sparsity}", sc.MagnitudePrune(sparsity=sparsity, **layers)
         yield f"Wanda, {sparsity}", sc.Wanda(sparsity=sparsity, **text)
         yield f"SparseGPT, {sparsity}", sc.SparseGPT(sparsity=sparsity, **text)
+    yield "magnitude pruning, 0.5, blocks of 1x4", sc.MagnitudePrune(sparsity=0.5, block=(1, 4), **layers)
     yield "int8 weights", sc.Int8Weights(**layers)
     yield "int8 dynamic", sc.Int8Dynamic(**layers)
     yield "SmoothQuant, int8 dynamic", sc.Pipeline(sc.SmoothQuant(**text), sc.Int8Dynamic(**layers))

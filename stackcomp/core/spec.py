@@ -79,14 +79,26 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Free:
-    """Any `nonzeros` entries: values (nonzeros,) in row-major order beside a bitmap of rows * cols bits."""
+    """Any `nonzeros` entries, in whole blocks of the shape `block`, which divides that of the matrix: values (nonzeros,) in row-major
+    order beside a bitmap of a bit a block."""
 
     nonzeros: int
+    block: tuple[int, int] = (1, 1)
     kind: Literal["free"] = "free"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(self.block))  # a list, from JSON
+        if len(self.block) != 2 or min(self.block) < 1:
+            raise SettingError(f"block={self.block} is no shape: give (rows, columns), both at least 1")
+
+    @property
+    def area(self) -> int:
+        """Entries of a block."""
+        return math.prod(self.block)
 
     def support_bytes(self, rows: int, cols: int) -> int:
         """Bytes of the bitmap."""
-        return -(-rows * cols // 8)
+        return -(-rows * cols // (8 * self.area))
 
 
 Layout = Dense | Fixed | Free
@@ -192,6 +204,12 @@ class MatrixSpec:
         if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
             raise SettingError(
                 f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor"
+            )
+        if isinstance(self.layout, Free) and (
+            self.rows % self.layout.block[0] or self.cols % self.layout.block[1]
+        ):
+            raise SettingError(
+                f"block={self.layout.block} does not divide {self.rows} x {self.cols}: give divisors"
             )
 
     @property
@@ -391,14 +409,16 @@ class WeightSpec:
         }
         return replace(self, matrices=matrices, tile=tile)
 
-    def pruned(self, kept: Mapping[str, int] | tuple[int, int]) -> "WeightSpec":
-        """The weight with so many entries of each dense matrix, by part, or n of every m columns of a row."""
+    def pruned(
+        self, kept: Mapping[str, int] | tuple[int, int], block: tuple[int, int] = (1, 1)
+    ) -> "WeightSpec":
+        """The weight with so many entries of each dense matrix, by part and in whole blocks, or n of every m columns of a row."""
 
         def layout(part: str) -> Layout:
             return (
                 Fixed(nonzeros=kept[0], block=kept[1])
                 if isinstance(kept, tuple)
-                else Free(nonzeros=kept[part])
+                else Free(nonzeros=kept[part], block=block)
             )
 
         sparse = {

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
-from stackcomp.core.spec import Coding, Dense, Fixed, Layout, MatrixSpec
+from stackcomp.core.spec import Coding, Dense, Fixed, Free, Layout, MatrixSpec
 from stackcomp.ops import clusters, low_bit, quantize, supports
 
 DTYPES: dict[str, torch.dtype] = {
@@ -174,7 +174,8 @@ class StoredMatrix(nn.Module):
             case Fixed(block=block, nonzeros=nonzeros):
                 form = f"{nonzeros} of {block}"
             case _:
-                form = f"{spec.layout.nonzeros} free"
+                blocks = f" in blocks of {'x'.join(map(str, spec.layout.block))}" * (spec.layout.area > 1)
+                form = f"{spec.layout.nonzeros} free{blocks}"
         shared = f" for each of {spec.books}" if spec.clustered else f" in groups of {spec.group}"
         group = shared if spec.group else ""
         return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}"
@@ -386,7 +387,9 @@ def decode(packed: Tensor, layout: Layout, rows: int, cols: int) -> Int64[Tensor
         picked = supports.unpack_fixed(packed, layout, rows, blocks).view(rows * blocks, -1)
         return (picked + layout.block * torch.arange(rows * blocks, device=packed.device)[:, None]).flatten()
     assert not isinstance(layout, Dense)
-    mask = supports.unpack_free(packed, layout.nonzeros, rows, cols)
+    down, across = layout.block
+    mask = supports.unpack_free(packed, layout.nonzeros // layout.area, rows // down, cols // across)
+    mask = mask.repeat_interleave(down, 0).repeat_interleave(across, 1)
     return mask.flatten().nonzero().squeeze(1)
 
 
@@ -413,10 +416,15 @@ def store(
 
 def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
     """The packed support of `mask`. Raises ValueError when a block of a `Fixed` layout does not keep its
-    number of entries.
+    number of entries, and one of a `Free` layout some of its entries only.
     """
-    if not isinstance(layout, Fixed):
-        return supports.pack_free(mask)
+    if isinstance(layout, Free):
+        down, across = layout.block
+        first = mask[::down, ::across]
+        if (first.repeat_interleave(down, 0).repeat_interleave(across, 1) != mask).any():
+            raise ValueError(f"blocks of {down} x {across} must be kept whole")
+        return supports.pack_free(first)
+    assert isinstance(layout, Fixed)
     grouped = mask.unflatten(1, (-1, layout.block))
     if (grouped.sum(-1) != layout.nonzeros).any():
         raise ValueError(f"every block of {layout.block} columns must keep {layout.nonzeros} entries")

@@ -120,20 +120,25 @@ def split(
 
 
 def sparsify(
-    model: "PreTrainedModel", id_: str, mask: Mask, *, groups: tuple[int, int] | None = None
+    model: "PreTrainedModel",
+    id_: str,
+    mask: Mask,
+    *,
+    groups: tuple[int, int] | None = None,
+    block: tuple[int, int] = (1, 1),
 ) -> None:
     """Keep of every dense matrix of a weight the entries that `mask(matrix)`, a boolean of its shape, names;
     the rest is zero from now on.
 
     groups: (n, m) stores them as n of every m columns of a row, which the mask must then keep; else any
-    entries, beside a bitmap.
+    entries, in whole blocks of the shape `block`, beside a bitmap of a bit a block.
     """
     handle = weights(model)[id_]
     matrices = dict(handle.matrices)
     for part, matrix in matrices.items():
         if isinstance(matrix.spec.layout, Dense) and not matrix.spec.integers:
             values = matrix.dense().detach()
-            matrices[part] = _sparse(matrix, values, mask(values), groups)
+            matrices[part] = _sparse(matrix, values, mask(values), groups, block)
     store_as(model, handle, matrices, transposed=handle.spec.transposed)
 
 
@@ -279,9 +284,11 @@ def _sparse(
     values: Float[Tensor, "rows cols"],
     kept: Bool[Tensor, "rows cols"],
     groups: tuple[int, int] | None,
+    block: tuple[int, int] = (1, 1),
 ) -> StoredMatrix:
     """`values` in the place of `matrix`, of them those that are `kept`."""
-    layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else Free(nonzeros=int(kept.sum()))
+    free = Free(nonzeros=int(kept.sum()), block=block)
+    layout = Fixed(block=groups[1], nonzeros=groups[0]) if groups else free
     return store(values, layout, kept).requires_grad_(matrix.values.requires_grad)
 
 

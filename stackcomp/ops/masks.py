@@ -24,9 +24,15 @@ def highest_in_groups(scores: Float[Tensor, "rows cols"], kept: int, group: int)
     return mask.flatten(1)
 
 
-def largest(matrix: Float[Tensor, "rows cols"], share: float) -> Bool[Tensor, "rows cols"]:
-    """Keep the `share` (0 to 1) of all entries with the largest magnitude, at least one."""
-    return highest(matrix.abs(), max(1, round(matrix.numel() * share)))
+def largest(
+    matrix: Float[Tensor, "rows cols"], share: float, block: tuple[int, int] = (1, 1)
+) -> Bool[Tensor, "rows cols"]:
+    """Keep the `share` (0 to 1) of all blocks of this shape, which must divide that of the matrix, with the largest mean magnitude, at
+    least one."""
+    down, across = block
+    sizes = matrix.abs().unflatten(1, (-1, across)).unflatten(0, (-1, down)).mean((1, 3))
+    mask = highest(sizes, max(1, round(sizes.numel() * share)))
+    return mask.repeat_interleave(down, 0).repeat_interleave(across, 1)
 
 
 def largest_in_groups(matrix: Float[Tensor, "rows cols"], kept: int, group: int) -> Bool[Tensor, "rows cols"]:

@@ -1,10 +1,14 @@
-"""Magnitude pruning, unstructured and N:M."""
+"""Magnitude pruning: unstructured, N:M and by blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stackcomp import nn, ops
+from stackcomp.core.errors import SettingError
 from stackcomp.core.passes import Findings
+from stackcomp.core.plan import PlannedWeight
+from stackcomp.core.settings import whole
 from stackcomp.pruning import PruningPass
 
 if TYPE_CHECKING:
@@ -20,21 +24,51 @@ class MagnitudePrune(PruningPass):
 
     sparsity: share of each matrix that is dropped, in [0, 1), 0 does nothing: stored as the kept values and a
     bitmap (1 bit an entry); or "n:m", which keeps the n largest of every m consecutive inputs of a row,
-    stored with log2 C(m, n) bits a group. Training passes that follow train the kept values only; what is
-    dropped stays zero.
+    stored with log2 C(m, n) bits a group. block: (rows, columns) of what is kept or dropped together, by its mean magnitude, with a
+    share: its bitmap has a bit a block. It must divide the shape of every selected weight. Training passes that follow train the
+    kept values only; what is dropped stays zero.
     """
 
+    block: tuple[int, int] = (1, 1)
+
     paper: ClassVar[str] = "Han et al., arXiv:1506.02626; N:M: Zhou et al., arXiv:2102.04010"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.block
+        sides = cast("list[Any]", [*given]) if isinstance(given, tuple | list) else []
+        if len(sides) != 2:
+            raise SettingError(f"block={given!r} is no shape: give (rows, columns)")
+        for side in sides:
+            whole("block", side, 1)
+        object.__setattr__(self, "block", tuple(sides))  # a list would make the pass unhashable
+        if self._groups and self.block != (1, 1):
+            raise SettingError(
+                f"block={self.block} does not go with sparsity={self.sparsity!r}: give a share, or leave it out"
+            )
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return self.block
+
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        super().examine(weights)
+        for weight in weights:
+            if weight.rows % self.block[0] or weight.cols % self.block[1]:
+                raise SettingError(
+                    f"block={self.block} does not divide the {weight.rows} x {weight.cols} of {weight.id}; give another, or "
+                    f"skip={weight.id!r}"
+                )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.sparsity == 0:
             return {}
         for id_ in context.progress(context.targets, label="pruning"):
-            nn.sparsify(model, id_, self._mask, groups=self._groups)
+            nn.sparsify(model, id_, self._mask, groups=self._groups, block=self.block)
         return {}
 
     def _mask(self, matrix: "torch.Tensor") -> "torch.Tensor":
         """Which entries of a matrix to keep."""
-        return (
-            ops.largest_in_groups(matrix, *self._groups) if self._groups else ops.largest(matrix, self._share)
-        )
+        if self._groups:
+            return ops.largest_in_groups(matrix, *self._groups)
+        return ops.largest(matrix, self._share, self.block)
