@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import combined, dsformer, pictures, tables
+from benchmarks import combined, dsformer, pictures, smallest, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -50,6 +50,7 @@ class Report:
             "kill-study": tables.kill_study(self.rows("kill_study")),
             "dsformer": dsformer.headline(self.dsformer()),
             "combined": combined.headline(self.rows(combined.NAME)),
+            "smallest": smallest.headline(self.rows(smallest.NAME)),
             "factorizing": tables.factorizing(self.rows("factorizing")),
             "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),
