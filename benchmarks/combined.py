@@ -1,4 +1,4 @@
-"""What the study pipelines/studies/encoder_stack_sts.py says, in the few lines of the README; its report has all of it."""
+"""What the studies of combinations say: their own reports, and the few lines of the README on the post-training one."""
 
 from collections.abc import Sequence
 from math import exp
@@ -12,26 +12,34 @@ from stackcomp.studies.analysis import Attribution, Cells, Extra, attribution, e
 from stackcomp.studies.report import files
 from stackcomp.studies.rows import Row
 
-NAME = "encoder_stack_sts"
-FILE = Path("pipelines", "studies", f"{NAME}.py")
+NAME = "encoder_stack_sts"  # the one of the README
+NAMES = {
+    NAME: "Combinations",
+    "encoder_stack": "Combinations, trained",
+}  # all of them, and the titles of their pages
 LOSS = 1.0  # points below the model as it came that a stack may score
 
 
-def study() -> Study:
+def file(name: str) -> Path:
+    """Where a study is declared."""
+    return Path("pipelines", "studies", f"{name}.py")
+
+
+def study(name: str) -> Study:
     """The pipelines that are to be run."""
-    return read_file(ROOT / FILE)["study"]
+    return read_file(ROOT / file(name))["study"]
 
 
-def report(rows: Sequence[Row]) -> dict[str, str]:
+def report(name: str, rows: Sequence[Row]) -> dict[str, str]:
     """The whole report as an HTML and a Markdown file, by name; nothing before there are rows."""
-    return files(study(), rows) if rows else {}
+    return files(study(name), rows) if rows else {}
 
 
 def headline(rows: Sequence[Row]) -> str:
     """The extra compression of the best stack, and what each technique gave of it."""
     if not rows:
         return not_run(NAME)
-    cells = Cells.of(rows, study().skipped)
+    cells = Cells.of(rows, study(NAME).skipped)
     floor = cells.came.score - LOSS
     whole, encoder = extra(cells, floor), extra(cells, floor, "encoder")
     best = whole.stack or whole.nearest[1]
@@ -47,7 +55,7 @@ def headline(rows: Sequence[Row]) -> str:
             table(["technique", "file", "encoder", "points"], [*lines, total]),
             f"{_sentence(whole, 'The whole file')} {_sentence(encoder, 'The encoder')}",
             f"{len(rows)} pipelines, chosen and scored on the same {rows[0]['examples']} pairs, one seed. "
-            f"Made by `stackcomp study {FILE}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
+            f"Made by `stackcomp study {file(NAME)}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
             f"{rows[0]['machine']['threads']} thread, torch {rows[0]['versions']['torch']}.",
         ]
     )

@@ -27,6 +27,7 @@ def command(name: str) -> str:
         "decoder": "pipelines/dsformer/decoder.py",
         "catalogue": "pipelines/studies/catalogue.py",
         "encoder_stack_sts": "pipelines/studies/encoder_stack_sts.py",
+        "encoder_stack": "pipelines/studies/encoder_stack.py",
     }
     return f"stackcomp study {pipelines[name]}" if name in pipelines else f"python -m benchmarks.{name}"
 

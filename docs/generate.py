@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,20 +281,21 @@ def dsformer_study() -> str:
     )
 
 
-def combination_study() -> str:
+def combination_study(name: str) -> str:
     """What four techniques give together: the study's own report."""
-    made = combined.report(REPORT.rows(combined.NAME))
+    title = f"# {combined.NAMES[name]}"
+    made = combined.report(name, REPORT.rows(name))
     if not made:
-        return f"# Combinations\n\n{tables.not_run(combined.NAME)}"
-    body = made[f"{combined.NAME}.md"].partition("\n")[2]
-    told = inspect.cleandoc((ROOT / combined.FILE).read_text("utf8").split('"""')[1]).split("\n\n")
+        return f"{title}\n\n{tables.not_run(name)}"
+    body = made[f"{name}.md"].partition("\n")[2]
+    told = inspect.cleandoc((ROOT / combined.file(name)).read_text("utf8").split('"""')[1]).split("\n\n")
     return "\n\n".join(
         [
-            "# Combinations",
+            title,
             told[0],
             "```console\n" + inspect.cleandoc(told[1]) + "\n```",
             *told[2:],
-            f"The same with pictures, as one page that opens offline: [{combined.NAME}.html]({combined.NAME}.html).",
+            f"The same with pictures, as one page that opens offline: [{name}.html]({name}.html).",
             body,
         ]
     )
@@ -314,7 +316,10 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "refused.md": ("A refused pipeline", refused),
     "results.md": ("Results", results),
     "dsformer.md": ("DSFormer", dsformer_study),
-    "combinations.md": ("Combinations", combination_study),
+    **{
+        f"{'combinations' if name == combined.NAME else name}.md": (title, partial(combination_study, name))
+        for name, title in combined.NAMES.items()
+    },
     "reference.md": ("API", reference),
 }
 
@@ -341,10 +346,11 @@ def write() -> None:
     for path, (_, make) in PAGES.items():
         with mkdocs_gen_files.open(path, "w") as file:
             print(make(), file=file)
-    for name, text in combined.report(REPORT.rows(combined.NAME)).items():
-        if name.endswith(".html"):
-            with mkdocs_gen_files.open(name, "w") as file:
-                file.write(text)
+    for study in combined.NAMES:
+        for name, text in combined.report(study, REPORT.rows(study)).items():
+            if name.endswith(".html"):
+                with mkdocs_gen_files.open(name, "w") as file:
+                    file.write(text)
     with mkdocs_gen_files.open("SUMMARY.md", "w") as file:
         print(summary(), file=file)
 
