@@ -1,9 +1,9 @@
 """Search: the smallest file that loses at most so many points, or the best score within so many bytes.
 
-Pipelines are a strength, or nothing, of each technique, in the order in which these are given. Optuna's tree-structured Parzen estimator
-(arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first rung runs
-many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. All of this is scored on
-the selection split; the pipeline that is chosen is scored once on the test split.
+Pipelines are a strength, or nothing, of each technique, in the order in which these are given, or in any. Optuna's tree-structured Parzen
+estimator (arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first
+rung runs many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. All of this is
+scored on the selection split; the pipeline that is chosen is scored once on the test split.
 
 The rows alone say what is done: proposals follow from the seed and the rows before them, so a search that was stopped goes on anywhere.
 """
@@ -53,8 +53,8 @@ class Rung:
 class Search:
     """What is searched for, and how much is spent on it.
 
-    name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run; always: the names
-    of those that no pipeline leaves out. Give one goal:
+    name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run; orders: search for
+    the order, too; always: the names of those that no pipeline leaves out. Give one goal:
     loss, the points that the smallest file may lose against the model as it came (the rise, where lower is better); or size_bytes, the
     largest file for the best score.
     pipelines: how many the first rung tries; rungs: the rounds, cheap ones first, the last one in full; keep: the share of the
@@ -70,6 +70,7 @@ class Search:
     loss: float | None = None
     size_bytes: int | None = None
     always: tuple[str, ...] = ()
+    orders: bool = False
     pipelines: int = 48
     rungs: tuple[Rung, ...] = (Rung(examples=256, steps=0.1), Rung(examples=1000, steps=0.3), Rung())
     keep: float = 0.25
@@ -224,12 +225,16 @@ class _Walk:
             )
             for name in asked.passes
         }
+        places = {name: f"place of {name}" for name in asked.passes if asked.orders}
+        space |= {place: optuna.distributions.FloatDistribution(0.0, 1.0) for place in places.values()}
         vain = 0
         while len(tried) < asked.pipelines and vain < PATIENCE:
             trials = dict[Choice, Any]()
             while len(trials) < min(BATCH, asked.pipelines - len(tried)) and vain < PATIENCE:
                 trial = study.ask(space)
-                choice = tuple(one for one in self._techniques if trial.params[one.name] == str(one))
+                chosen = [one for one in self._techniques if trial.params[one.name] == str(one)]
+                order = {one: trial.params[places[one.name]] if places else 0.0 for one in chosen}
+                choice = tuple(sorted(chosen, key=lambda one: order[one]))
                 if choice in tried:
                     study.tell(trial, tried[choice])
                 elif choice in trials or not self._is_legal(choice):

@@ -122,6 +122,22 @@ def test_what_is_always_in_is_in_every_pipeline(go, folder):
     assert passes == {("prune", "int8"), ("prune", "tune", "int8")}
 
 
+def test_the_order_can_be_searched_too(go, folder):
+    given = {"int8": Round(), "prune": Prune(sparsity=0.5), "tune": Train(steps=2, batch_size=4)}
+    settings = {
+        "passes": given,
+        "pipelines": 30,
+        "rungs": (sc.Rung(examples=4),),
+        "always": ("int8", "prune"),
+    }
+    with pytest.raises(StudyRefused, match="no legal pipeline"):
+        go(asked(folder, **settings))
+    _, rows = go(asked(folder, **settings, orders=True))
+    orders = [tuple(row["labels"]["passes"]) for row in rung(rows, 1)]
+    assert len(set(orders)) == len(orders) > 2
+    assert all(order.index("prune") < order.index("int8") for order in orders)
+
+
 def test_a_rung_in_which_all_fail_ends_the_search(go, folder):
     broken = asked(folder, passes={"broken": Broken(sparsity=0.5)}, pipelines=1)
     with pytest.raises(StudyRefused, match=r"every pipeline of a rung failed; see .*toy\.jsonl"):
