@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stackcomp.core.errors import SettingError
 from stackcomp.core.spec import ROUNDED, Coding
@@ -31,6 +31,26 @@ def one_of(name: str, value: object, choices: Collection[object]) -> None:
     """Refuse a value that is not among `choices`, and True for a 1."""
     if isinstance(value, bool) or value not in choices:
         raise SettingError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}")
+
+
+def shape(name: str, value: object) -> tuple[int, int]:
+    """A setting (rows, columns) as a tuple; refuses anything but two whole numbers of at least 1."""
+    sides = cast("list[object]", [*value]) if isinstance(value, tuple | list) else []
+    if len(sides) != 2:
+        raise SettingError(f"{name}={value!r} is no shape: give (rows, columns)")
+    for side in sides:
+        whole(name, side, 1)
+    return cast("tuple[int, int]", tuple(sides))
+
+
+def shape_fits(name: str, value: tuple[int, int], weights: "Sequence[PlannedWeight]") -> None:
+    """Refuse a shape whose sides do not divide those of a weight."""
+    for weight in weights:
+        if weight.rows % value[0] or weight.cols % value[1]:
+            raise SettingError(
+                f"{name}={value} does not divide the {weight.rows} x {weight.cols} of {weight.id}; give another, or "
+                f"skip={weight.id!r}"
+            )
 
 
 def sparsity_groups(sparsity: object) -> tuple[int, int] | None:

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import floor, prod
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import nn, ops
 from stackcomp.core.contract import Contract
-from stackcomp.core.errors import SettingError, UnreachableRatio
+from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.ledger import LEFT_DENSE
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import whole, within
+from stackcomp.core.settings import shape, shape_fits, within
 from stackcomp.core.spec import WeightSpec
 from stackcomp.layerwise import FACTOR
 
@@ -57,15 +57,9 @@ class Kronecker(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         within("ratio", self.ratio, 1.0, 10_000.0)
-        given: Any = self.tile
-        if given is None:
-            return
-        sides = cast("list[Any]", [*given]) if isinstance(given, tuple | list) else []
-        if len(sides) != 2:
-            raise SettingError(f"tile={given!r} is no shape: give (rows, columns), or None")
-        for side in sides:
-            whole("tile", side, 1)
-        object.__setattr__(self, "tile", tuple(sides))  # a list would make the pass unhashable
+        if self.tile is not None:
+            sides = shape("tile", self.tile)
+            object.__setattr__(self, "tile", sides)  # a list would make the pass unhashable
 
     @property
     def contract(self) -> Contract:
@@ -77,12 +71,8 @@ class Kronecker(Pass):
         )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
-        for weight in weights:
-            if self.tile and (weight.rows % self.tile[0] or weight.cols % self.tile[1]):
-                raise SettingError(
-                    f"tile={self.tile} does not divide the {weight.rows} x {weight.cols} of {weight.id}; give another, or "
-                    f"skip={weight.id!r}"
-                )
+        if self.tile is not None:
+            shape_fits("tile", self.tile, weights)
         largest = max(
             (
                 _ratio(weight.rows, weight.cols, tile)

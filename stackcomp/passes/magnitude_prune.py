@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn, ops
 from stackcomp.core.errors import SettingError
 from stackcomp.core.passes import Findings
 from stackcomp.core.plan import PlannedWeight
-from stackcomp.core.settings import whole
+from stackcomp.core.settings import shape, shape_fits
 from stackcomp.pruning import PruningPass
 
 if TYPE_CHECKING:
@@ -35,13 +35,8 @@ class MagnitudePrune(PruningPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: Any = self.block
-        sides = cast("list[Any]", [*given]) if isinstance(given, tuple | list) else []
-        if len(sides) != 2:
-            raise SettingError(f"block={given!r} is no shape: give (rows, columns)")
-        for side in sides:
-            whole("block", side, 1)
-        object.__setattr__(self, "block", tuple(sides))  # a list would make the pass unhashable
+        sides = shape("block", self.block)
+        object.__setattr__(self, "block", sides)  # a list would make the pass unhashable
         if self._groups and self.block != (1, 1):
             raise SettingError(
                 f"block={self.block} does not go with sparsity={self.sparsity!r}: give a share, or leave it out"
@@ -53,12 +48,7 @@ class MagnitudePrune(PruningPass):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         super().examine(weights)
-        for weight in weights:
-            if weight.rows % self.block[0] or weight.cols % self.block[1]:
-                raise SettingError(
-                    f"block={self.block} does not divide the {weight.rows} x {weight.cols} of {weight.id}; give another, or "
-                    f"skip={weight.id!r}"
-                )
+        shape_fits("block", self.block, weights)
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.sparsity == 0:
