@@ -1,6 +1,10 @@
 """What is said of the smallest file that a search found."""
 
+import runpy
+
 from benchmarks import smallest
+from benchmarks.command import ROOT
+from stackcomp.studies import Rows
 
 
 def row(rung, name, score, size, declaration="Pipeline(A())"):
@@ -49,3 +53,12 @@ def test_the_chosen_stack_stands_beside_the_dense_model():
 def test_a_search_under_way_names_its_command():
     said = "Not run to its end yet: `stackcomp search pipelines/studies/smallest_sst2.py` makes the rows."
     assert smallest.headline(SEARCHED) == smallest.headline([]) == said
+
+
+def test_the_pipeline_that_is_shipped_is_the_one_that_was_found():
+    rows = {
+        row["key"].partition("/")[0]: row
+        for row in Rows(name=smallest.NAME, folder=ROOT / "docs" / "results").read()
+    }
+    shipped = runpy.run_path(str(ROOT / "pipelines" / f"{smallest.NAME}.py"))
+    assert repr(shipped["pipeline"]) == rows["chosen"]["declaration"]

@@ -195,9 +195,9 @@ def plain(kind: str) -> Plan:
     family = FAMILIES[kind]
     width = 64
     entry = {"shape": [width, width], "dtype": "F32"}
-    words = family.embeddings[0].replace("*_embeddings", "word_embeddings")
+    tables = ("word_embeddings", "position_embeddings")
     paths = [
-        words,
+        *dict.fromkeys(glob.replace("*_embeddings", table) for glob in family.embeddings for table in tables),
         *(
             f"{family.blocks.replace('*', str(layer))}.{name}"
             for layer in range(12)
