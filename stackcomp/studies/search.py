@@ -263,7 +263,10 @@ class _Walk:
         keys = {entry.key for entry in entries}
         known = {row["key"]: row for row in self._rows.read()}
         if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
-            kept = frozenset(entry.key for entry in line)  # all rungs start from it
+            last = (entry for entry in entries if entry.labels["rung"] == len(self._asked.rungs))
+            kept = frozenset(
+                entry.key for entry in (*line, *last)
+            )  # what all rungs start from, and what is chosen from
             Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
         return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
 

@@ -97,6 +97,12 @@ def test_the_model_that_all_batches_and_rungs_start_from_is_made_once(go, folder
     assert sum("Train" in name for name in applied()) == 1
 
 
+def test_what_is_chosen_is_not_made_again_for_its_score(go, folder):
+    found, _ = go(asked(folder, passes={"prune": Prune(sparsity=0.5)}, pipelines=1, rungs=(sc.Rung(),)))
+    assert found.chosen["split"] == "test"
+    assert applied() == ["Prune"]
+
+
 def test_within_a_size_it_is_the_best_score(go, folder):
     few = {"prune": PASSES["prune"], "int8": Round()}
     free, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
