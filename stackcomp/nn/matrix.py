@@ -166,6 +166,15 @@ class StoredMatrix(nn.Module):
             taken if padding is None else torch.where((ids == padding).unsqueeze(-1), taken.detach(), taken)
         )
 
+    def code_size(self) -> float:
+        """Root mean square of the codes: how much further a step of a scale moves the values than one of the values themselves would.
+        1 where there are none, and of shared values, which are values themselves."""
+        if self.scales is None or self._form.clustered:
+            return 1.0
+        with torch.no_grad():
+            values = self.dense().float().square().sum() / max(self._form.count, 1)
+            return float((values / self.scales.float().square().mean()).sqrt().nan_to_num(1.0)) or 1.0
+
     def extra_repr(self) -> str:
         spec = self.spec
         match spec.layout:

@@ -263,10 +263,9 @@ class _Walk:
         keys = {entry.key for entry in entries}
         known = {row["key"]: row for row in self._rows.read()}
         if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
+            # what all rungs start from, and what is chosen from
             last = (entry for entry in entries if entry.labels["rung"] == len(self._asked.rungs))
-            kept = frozenset(
-                entry.key for entry in (*line, *last)
-            )  # what all rungs start from, and what is chosen from
+            kept = frozenset(entry.key for entry in (*line, *last))
             Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
         return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from stackcomp.core.context import Progress
 from stackcomp.core.errors import CheckpointError, TrainingDiverged
 from stackcomp.data.batches import Collator, LengthBatches
+from stackcomp.nn.matrix import StoredMatrix
 from stackcomp.training.losses import Loss
 from stackcomp.training.settings import TrainSettings
 
@@ -121,6 +122,23 @@ class LossTrainer(Trainer):
             _seed(self._run.seed)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self._outcome(resumed)
+
+    def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
+        """AdamW, in which a scale takes steps that move values about as far as steps of values would: its rate is divided by the size of
+        the codes, and nothing draws it to zero."""
+        optimizer = super().create_optimizer(*arguments, **settings)
+        coded = [
+            matrix
+            for matrix in self.model.modules()
+            if isinstance(matrix, StoredMatrix) and matrix.scales is not None and matrix.scales.requires_grad
+        ]
+        scales = {id(matrix.scales) for matrix in coded}
+        for group in optimizer.param_groups:
+            group["params"] = [one for one in group["params"] if id(one) not in scales]
+        for matrix in coded:
+            rate = self.args.learning_rate / matrix.code_size()
+            optimizer.add_param_group({"params": [matrix.scales], "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def _outcome(self, resumed: int) -> Outcome:
         return Outcome(final_loss=sum(self._recent) / len(self._recent), resumed_step=resumed)

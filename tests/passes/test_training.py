@@ -45,6 +45,20 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "first", [sc.Int8Weights(only=BLOCKS), sc.LowBitWeights(bits=4, only=BLOCKS), sc.NF4(only=BLOCKS)]
+)
+def test_scales_move_values_no_further_than_a_rate_of_values_would(first, tokenizer, tmp_path):
+    model, rate, steps = toys.bert_classifier(), 1e-3, 5
+    apply(first, model, tokenizer, tmp_path)
+    before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items() if "layer" in id_}
+    settings = {"steps": steps, "learning_rate": rate, "schedule": "constant", "warmup": 0.0}
+    apply(sc.FineTune(**settings), model, tokenizer, tmp_path)
+    for id_, old in before.items():
+        moved = (nn.weights(model)[id_].dense() - old).square().mean().sqrt()
+        assert 0 < moved < 2 * steps * rate
+
+
+@pytest.mark.parametrize(
     ("training", "setting"),
     [
         (sc.FineTune(skip="embedings"), "skip"),
