@@ -416,9 +416,9 @@ def store(
         if mask is None:
             stored.values.copy_(matrix.reshape(stored.values.shape))
             return stored
-        packed = encode(layout, mask)
+        packed = None if isinstance(layout, Dense) else encode(layout, mask)
         stored.values.copy_(matrix[mask].reshape(stored.values.shape))
-        if stored.support is not None:
+        if stored.support is not None and packed is not None:
             stored.support.copy_(packed)
     return stored
 
