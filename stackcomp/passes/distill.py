@@ -24,7 +24,8 @@ class Distill(TrainingPass):
     attention * relative squared error of attention scores + relations * KL(teacher || student) of relations +
     labels * task loss, T the temperature; for numbers the first term is a squared error, for plain encoders 1
     - cosine of the embeddings. Labels are read only with labels > 0. Layer i of s follows layer round(i t / s)
-    of t. The other settings are those of every training pass, which are listed in TrainSettings.
+    of t. The other settings are those of every training pass (see TrainSettings):
+    epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
 
     attention: scores are what the softmax makes attention maps of, q k^T / sqrt(d) of every head, with
     positions where the family adds or turns by them. They need as many heads as the model had when it came, so

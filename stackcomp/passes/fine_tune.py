@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class FineTune(TrainingPass):
     """Train the whole model on the labels of the task: cross-entropy, or squared error for numbers.
 
-    The settings are those of every training pass, which are listed in TrainSettings.
+    The settings are those of every training pass (see TrainSettings):
+    epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
     """
 
     paper: ClassVar[str] = "Devlin et al., BERT, arXiv:1810.04805"

@@ -41,7 +41,8 @@ class MovementPrune(LearnedForm):
 
     only, skip: the weights that are pruned; everything but `frozen` is trained. distill: follow the model as it came,
     with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task.
-    The other settings are those of every training pass, which are listed in TrainSettings.
+    The other settings are those of every training pass (see TrainSettings):
+    epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
 
     Where we differ from the paper: embeddings are trained too unless frozen, and scores have the learning rate of the weights,
     as the order of scores under Adam does not depend on it.

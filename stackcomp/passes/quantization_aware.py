@@ -32,7 +32,8 @@ class QuantizationAware(LearnedForm):
 
     only, skip: the weights that are rounded; everything but `frozen` is trained. distill: follow the model as it came, with this
     temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task. The other settings are
-    those of every training pass, which are listed in TrainSettings.
+    those of every training pass (see TrainSettings):
+    epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
 
     Where we differ from the papers: scales follow the values by least squares, where LSQ gives them gradients and TernaryBERT finds
     them anew at every step; the gradient reaches clipped values too; activations are not rounded; and binary weights start from the

@@ -39,7 +39,8 @@ class STF(LearnedForm):
 
     only, skip: the weights whose support is learned; everything but `frozen` is trained. distill: follow the model as it
     came, with this temperature and weight of the hidden states, as Distill does; without it, learn the labels of the
-    task. The other settings are those of every training pass, which are listed in TrainSettings.
+    task. The other settings are those of every training pass (see TrainSettings):
+    epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
 
     Where we differ from the paper: the start and the projections are data-aware.
     """
