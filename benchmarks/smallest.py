@@ -42,7 +42,7 @@ def headline(rows: Sequence[Row]) -> str:
             f"Chosen from {tried} pipelines on {searched['examples']} examples carved from the training split, where it scores "
             f"{plus_minus(searched['difference'], searched['difference_noise'], signed=True)} against dense; scored once on the "
             f"{best['examples']} of the validation split.",
-            f"```python\n{best['declaration']}\n```",
+            f"```text\n{best['declaration']}\n```",
             f"Made by `{COMMAND}` on {best['date']}: {machine['processor']}, threads: {machine['threads']}, "
             f"torch {best['versions']['torch']}.",
         ]
