@@ -127,6 +127,7 @@ class LossTrainer(Trainer):
         """AdamW, in which a scale takes steps that move values about as far as steps of values would: its rate is divided by the size of
         the codes, and nothing draws it to zero."""
         optimizer = super().create_optimizer(*arguments, **settings)
+        assert self.model is not None
         coded = [
             matrix
             for matrix in self.model.modules()
