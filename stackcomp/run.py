@@ -165,7 +165,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "device": self.device,
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "instructions": metrics.instructions(),
         }
 
     def _whole(self, step: int) -> bool:

@@ -15,6 +15,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.selection import Globs, nearest
+from stackcomp.core.settings import switch
 from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            flag = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(flag, bool):
-                raise SettingError(f"{field.name}={flag!r} is neither on nor off: give True or False")
+            if isinstance(field.default, bool):
+                switch(field.name, getattr(self, field.name))
         for name in self.globs:
             value: Any = getattr(self, name)
             if self.undivided and value is not None:

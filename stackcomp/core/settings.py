@@ -33,6 +33,12 @@ def one_of(name: str, value: object, choices: Collection[object]) -> None:
         raise SettingError(f"{name}={value!r} is not known: give one of {', '.join(map(repr, choices))}")
 
 
+def switch(name: str, value: object) -> None:
+    """Refuse what is neither True nor False: any text would count as true."""
+    if not isinstance(value, bool):
+        raise SettingError(f"{name}={value!r} is neither on nor off: give True or False")
+
+
 def shape(name: str, value: object) -> tuple[int, int]:
     """A setting (rows, columns) as a tuple; refuses anything but two whole numbers of at least 1."""
     sides = cast("list[object]", [*value]) if isinstance(value, tuple | list) else []

@@ -5,6 +5,8 @@ from .cost import latency as latency
 from .cost import latency_inputs as latency_inputs
 from .cost import macs as macs
 from .cost import parameters as parameters
+from .machine import bf16_pays as bf16_pays
+from .machine import instructions as instructions
 from .quality import Difference as Difference
 from .quality import Score as Score
 from .quality import embed as embed

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stackcomp import metrics
 from stackcomp.core import __version__, fingerprint
 from stackcomp.core.errors import ResultsDamaged
 from stackcomp.core.files import locked, write_atomic
@@ -142,7 +143,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": metrics.instructions(),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,

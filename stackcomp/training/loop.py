@@ -35,7 +35,7 @@ class TrainReport:
 
     seconds counts this process only; resumed_step is where it took up, 0 from the start.
     trained_parameters and frozen_parameters count elements, a tied parameter once. final_loss: mean over
-    the last 20 steps.
+    the last 20 steps. bf16: whether it ran under bfloat16 autocast.
     """
 
     steps: int
@@ -44,6 +44,7 @@ class TrainReport:
     frozen_parameters: int
     final_loss: float
     resumed_step: int
+    bf16: bool
 
 
 def train(
@@ -118,6 +119,7 @@ def train(
         frozen_parameters=frozen,
         final_loss=outcome.final_loss,
         resumed_step=outcome.resumed_step,
+        bf16=run.bf16,
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stackcomp.core.errors import SettingError
-from stackcomp.core.settings import one_of, whole, within
+from stackcomp.core.settings import one_of, switch, whole, within
 
 DISTILLED = ("logits", "hidden", "attention", "relations", "labels")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -18,7 +18,8 @@ class TrainSettings:
     epochs: passes over the training split, fractions too; steps: an upper bound on optimizer steps, or None; learning_rate: its peak;
     batch_size: examples a step; warmup: share of the steps with a rising rate; schedule: how the rate falls afterwards, to 0 (linear,
     cosine) or not at all (constant); weight_decay: of AdamW; gradient_clip: the most that the gradient's norm may be; bf16: run forward
-    and backward under bfloat16 autocast, while parameters and optimizer stay as they are; dropout: leave the model's dropout on; limit:
+    and backward under bfloat16 autocast, while parameters and optimizer stay as they are; None does so where the processor has
+    instructions for it; dropout: leave the model's dropout on; limit:
     train on so many examples, a fixed random subset; save_every: steps between the points from which a killed run resumes.
     """
 
@@ -30,7 +31,7 @@ class TrainSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
-    bf16: bool = False
+    bf16: bool | None = None
     dropout: bool = True
     limit: int | None = None
     save_every: int = 100
@@ -45,6 +46,8 @@ class TrainSettings:
                 whole(name, getattr(self, name), 1)
         within("warmup", self.warmup, 0.0, MOST_WARMUP)
         within("weight_decay", self.weight_decay, 0.0)
+        if self.bf16 is not None:
+            switch("bf16", self.bf16)
         one_of("schedule", self.schedule, SCHEDULES)
 
 

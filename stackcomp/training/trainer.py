@@ -13,6 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from stackcomp import metrics
 from stackcomp.core.context import Progress
 from stackcomp.core.errors import CheckpointError, TrainingDiverged
 from stackcomp.data.batches import Collator, LengthBatches
@@ -49,9 +51,15 @@ class Run:
     device: torch.device
     progress: Progress
 
+    @cached_property
+    def bf16(self) -> bool:
+        """Whether forward passes run in bfloat16."""
+        asked = self.settings.bf16
+        return metrics.bf16_pays(self.device) if asked is None else asked
+
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +175,7 @@ class LossTrainer(Trainer):
             raise TrainingDiverged(
                 f"the loss is {value} at step {self.state.global_step + 1} of {self._run.steps}: lower "
                 "learning_rate "
-                f"(now {self._run.settings.learning_rate:g}), raise warmup, or turn bf16 off"
+                f"(now {self._run.settings.learning_rate:g}), raise warmup, or give bf16=False"
             )
         self._recent.append(value)
         return (loss, None) if return_outputs else loss

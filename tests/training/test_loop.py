@@ -42,6 +42,18 @@ def test_it_learns(tokenizer, tmp_path: Path) -> None:
     assert evaluate(model, tokenizer, task).value == 100
 
 
+@pytest.mark.parametrize("pays", [False, True])
+def test_bf16_is_used_where_it_pays_unless_said(tokenizer, tmp_path: Path, monkeypatch, pays: bool) -> None:
+    monkeypatch.setattr("stackcomp.metrics.bf16_pays", lambda device: pays)
+    used = {
+        said: run(
+            classifier(), tokenizer, tmp_path / str(said), settings=TrainSettings(steps=1, bf16=said)
+        ).bf16
+        for said in (None, False, True)
+    }
+    assert used == {None: pays, False: False, True: True}
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_same_seed_same_weights(tokenizer, tmp_path: Path, bf16: bool) -> None:
     settings = TrainSettings(epochs=9, steps=5, bf16=bf16, learning_rate=1e-2)
