@@ -132,7 +132,7 @@ class CompressedLayer(nn.Module, ABC):
 
 
 class CompressedLinear(CompressedLayer):
-    """y = x W^T + b. The result has the dtype of x."""
+    """y = x W^T + b. The result has the dtype of x, or under autocast that of its products."""
 
     def __init__(
         self,
@@ -160,9 +160,9 @@ class CompressedLinear(CompressedLayer):
 
     def forward(self, x: Float[Tensor, "*t cols"]) -> Float[Tensor, "*t rows"]:
         y = self._product(x)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype)
+        if torch.is_autocast_enabled(x.device.type):  # the dtype of its products, as that of a plain layer
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         matrices = self.matrices

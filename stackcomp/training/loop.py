@@ -104,7 +104,7 @@ def train(
                 lengths=rows.lengths,
                 batch_size=settings.batch_size,
                 collate=lambda indices: _moved(trainer.collate([rows[i] for i in indices]), run.device),
-                autocast=run.autocast,
+                precision=run.precision,
                 progress=progress,
             )
         )

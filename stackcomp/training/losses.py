@@ -31,7 +31,7 @@ class Preparation:
     """What a loss may use before the first step: the examples training will visit, and how to batch them.
 
     visits: indices in the order of the steps, repeats included. lengths: tokens of every example. collate:
-    from indices to a batch on the right device. autocast: the context the forward passes run in.
+    from indices to a batch on the right device. precision: the context the forward passes run in.
     """
 
     task: "Task"
@@ -39,7 +39,7 @@ class Preparation:
     lengths: Sequence[int]
     batch_size: int
     collate: Callable[[Sequence[int]], Batch]
-    autocast: Callable[[], Any]
+    precision: Callable[[], Any]
     progress: Progress = quiet
 
 
@@ -151,7 +151,7 @@ class DistillationLoss(Loss):
         kept: list[Tensor] = [torch.empty(0)] * len(needed)
         for places in preparation.progress(order, label="teacher", total=len(order)):
             batch = preparation.collate([needed[place] for place in places])
-            with preparation.autocast():
+            with preparation.precision():
                 outputs = self._of_teacher(batch, ())[0].cpu()
             for row, place in enumerate(places):
                 # Both texts of a similarity pair are kept together.

@@ -31,6 +31,7 @@ from stackcomp.core.errors import CheckpointError, TrainingDiverged
 from stackcomp.data.batches import Collator, LengthBatches
 from stackcomp.nn.matrix import StoredMatrix
 from stackcomp.training.losses import Loss
+from stackcomp.training.precision import precision
 from stackcomp.training.settings import TrainSettings
 
 MARKER = "complete.json"
@@ -57,9 +58,9 @@ class Run:
         asked = self.settings.bf16
         return metrics.bf16_pays(self.device) if asked is None else asked
 
-    def autocast(self) -> torch.autocast:
+    def precision(self) -> contextlib.AbstractContextManager[None]:
         """The context of every forward pass."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        return precision(self.device, bf16=self.bf16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class LossModule(nn.Module):
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss of one batch."""
-        with self._run.autocast():
+        with self._run.precision():
             return self._loss(self.model, batch)
 
 
