@@ -296,7 +296,12 @@ class Run:
             )
             if self.task.kind != "language_modelling" or self._kept(tokenizer) is None:
                 difference = metrics.paired_difference(self._dense_score, score)
-                found = replace(found, difference=difference.value, difference_noise=difference.noise)
+                found = replace(
+                    found,
+                    difference=difference.value,
+                    difference_noise=difference.noise,
+                    output_error=metrics.output_error(self._dense_score, score),
+                )
         if how.latency:
             inputs = metrics.latency_inputs(model, batch=how.latency_batch, length=how.latency_length)
             took = metrics.latency(model, self._dense, inputs, repeats=how.latency_repeats)
@@ -317,17 +322,20 @@ class Run:
 
     @cached_property
     def _dense_score(self) -> "Score":
-        """Score of the model as it came, from the outcomes that an earlier run noted where there are any."""
+        """Score of the model as it came, from the outcomes and outputs that an earlier run noted where there are any."""
         import numpy as np
 
         assert self.task is not None
-        path = self._notes(0) / f"outcomes-{self._way}.json"
-        outcomes = _noted(path)
-        if outcomes is None:
+        path = self._notes(0) / f"told-{self._way}.json"
+        noted = _noted(path)
+        if noted is None:
             score = self._score(self._dense, self._tokenizer(0))
-            _note(path, score.outcomes.tolist())
+            outputs = None if score.outputs is None else score.outputs.tolist()
+            _note(path, {"outcomes": score.outcomes.tolist(), "outputs": outputs})
             return score
-        return metrics.score_of(np.array(outcomes), self.task.metric)
+        outputs = None if noted["outputs"] is None else np.array(noted["outputs"])
+        statistic = metrics.statistic_of(self.task)
+        return metrics.score_of(np.array(noted["outcomes"]), self.task.metric, statistic, outputs)
 
     @cached_property
     def _way(self) -> str:

@@ -331,3 +331,16 @@ def test_questions_are_compressed_distilled_scored_and_reloaded(tokenizer, tmp_p
     with torch.no_grad():
         assert torch.equal(again(**batch).end_logits, result.model(**batch).end_logits)
     assert metrics.evaluate(again, tokenizer, task, limit=8).value == rows[3].measured.score
+
+
+def test_what_was_noted_of_questions_is_scored_as_it_was(tokenizer, tmp_path):
+    """A second pipeline compares with what the first one noted of the model as it came, in exact matches too."""
+    task = toys.question_task(metric="exact_match")
+    model = toys.make("bert", "AutoModelForQuestionAnswering")
+    first = manager(tmp_path / "out", tokenizer, task=task).run(model, sc.Pipeline(sc.MagnitudePrune()))
+    more = sc.Pipeline(sc.MagnitudePrune(), sc.Int8Weights())
+    second = manager(tmp_path / "out", tokenizer, task=task).run(model, more, resume=True)
+    fresh = manager(tmp_path / "fresh", tokenizer, task=task).run(model, more)
+    figures = [[row.measured.difference for row in run.ledger.rows] for run in (second, fresh)]
+    assert figures[0] == figures[1]
+    assert first.ledger.rows[0].measured.output_error is None

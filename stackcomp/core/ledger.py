@@ -21,7 +21,8 @@ class Measured:
     """Score and speed of one checkpoint.
 
     score: on the metric's 0-100 scale (perplexity as it is); noise: half its 95% bootstrap interval;
-    difference: score minus that of the model as it came, with its own paired-bootstrap noise; latency:
+    difference: score minus that of the model as it came, with its own paired-bootstrap noise; output_error: the share of what the outputs
+    of the model as it came tell examples apart by that is missed, which says how far apart two models are where scores do not; latency:
     milliseconds a batch, and the ratio to the model as it came (below 1 is faster), interleaved in one
     process.
     """
@@ -31,6 +32,7 @@ class Measured:
     noise: float | None = None
     difference: float | None = None
     difference_noise: float | None = None
+    output_error: float | None = None
     examples: int | None = None
     latency_ms: float | None = None
     latency_ratio: float | None = None
@@ -115,10 +117,16 @@ class Ledger:
             "layers",
             f"{metric or 'score'} ± noise",
             "vs dense",
+            "output error",
             "latency",
             "seconds",
         ]
-        return titles, [self._cells(row) for row in self.rows]
+        shown = [self._cells(row) for row in self.rows]
+        if all(row.measured.output_error is None for row in self.rows):
+            place = titles.index("output error")
+            for cells in (titles, *shown):
+                del cells[place]
+        return titles, shown
 
     def _cells(self, row: Row) -> list[str]:
         found = row.measured
@@ -130,6 +138,7 @@ class Ledger:
             "-" if layers is None else f"{layers:.2f}x",
             "-" if found.score is None else f"{found.score:.2f} ± {found.noise:.2f}",
             "-" if found.difference is None else f"{found.difference:+.2f} ± {found.difference_noise:.2f}",
+            "-" if found.output_error is None else f"{found.output_error:.4f}",
             "-" if found.latency_ms is None else f"{found.latency_ms:.1f} ms ({found.latency_ratio:.2f}x)",
             f"{row.seconds:.1f}",
         ]

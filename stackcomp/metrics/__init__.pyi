@@ -11,5 +11,7 @@ from .quality import Difference as Difference
 from .quality import Score as Score
 from .quality import embed as embed
 from .quality import evaluate as evaluate
+from .quality import output_error as output_error
 from .quality import paired_difference as paired_difference
 from .quality import score_of as score_of
+from .quality import statistic_of as statistic_of

@@ -4,6 +4,9 @@ An outcome is what one example contributes: (prediction, truth) for classes, num
 (sum of negative log likelihoods, tokens predicted) for a window of language modelling, and (points in [0, 1],
 checksum of context and right answers) for a question, over all windows of its context. A metric is a function
 of the (examples x 2) table of outcomes, so resampling its rows gives the bootstrap of any of them.
+
+Beside the outcomes stand the outputs, by which two models differ long before their scores do: logits less their mean over the classes,
+numbers, similarities, and negative log likelihoods of a token, meaned over a window. Answers to questions have none.
 """
 
 import math
@@ -41,7 +44,7 @@ class Score:
     """A value on the 0-100 scale (perplexity as it is), with a 95% bootstrap interval over the n examples.
 
     outcomes: (n x 2), see the module; in the order of the data, so that two scores of one task can be paired.
-    statistic: the function of its two columns that value is.
+    statistic: the function of its two columns that value is. outputs: (n x k), see the module, or None.
     """
 
     value: float
@@ -51,6 +54,7 @@ class Score:
     interval: tuple[float, float]
     outcomes: Array
     statistic: Callable[..., Array]
+    outputs: Array | None = None
 
     @property
     def noise(self) -> float:
@@ -128,9 +132,19 @@ ANSWER_METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def score_of(outcomes: Array, metric: str, statistic: Callable[..., Array] | None = None) -> Score:
-    """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed
-    0). statistic: of `METRICS` by name, unless given."""
+def statistic_of(task: "Task") -> Callable[..., Array]:
+    """What makes a score of the outcomes of a task: questions come with the points that each earned, by whichever metric."""
+    return points if task.kind == "question_answering" else METRICS[task.metric]
+
+
+def score_of(
+    outcomes: Array,
+    metric: str,
+    statistic: Callable[..., Array] | None = None,
+    outputs: Array | None = None,
+) -> Score:
+    """The score of a table of outcomes, with its bootstrap interval (percentiles of 1,000 resamples, seed 0). statistic: of `METRICS` by
+    name, unless given."""
     if len(outcomes) == 0:
         raise DataError(f"{metric}: there are no examples to score")
     statistic = statistic or METRICS[metric]
@@ -144,7 +158,18 @@ def score_of(outcomes: Array, metric: str, statistic: Callable[..., Array] | Non
         interval=_interval(statistic, (first, second), value),
         outcomes=outcomes,
         statistic=statistic,
+        outputs=outputs,
     )
+
+
+def output_error(dense: Score, found: Score) -> float | None:
+    """||Y - Y'||^2 / ||Y - mean Y||^2 of the outputs Y of `dense` and Y' of `found` on the same examples: the share of what the one tells
+    examples apart by that the other misses. None where there are no outputs, or those of `dense` are all alike."""
+    ours, theirs = found.outputs, dense.outputs
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    spread = float(np.square(theirs - theirs.mean(0)).sum())
+    return float(np.square(ours - theirs).sum()) / spread if spread > 0 else None
 
 
 def paired_difference(a: Score, b: Score) -> Difference:
@@ -219,18 +244,16 @@ def evaluate(
     )
     with _inference(model):
         if windows:
-            outcomes = _answered(model, task, windows, questions, batches)
+            outcomes, outputs = _answered(model, task, windows, questions, batches), None
         else:
-            outcomes = np.zeros((len(columns["input_ids"]), 2))
-            for indices, batch in batches:
-                outcomes[indices] = _outcomes(model, batch, task.kind)
+            outcomes, outputs = _told(model, task.kind, len(columns["input_ids"]), batches)
     if not np.isfinite(outcomes).all():
         bad = int(np.flatnonzero(~np.isfinite(outcomes).all(axis=1))[0])
         raise BadWeights(
             f"the model's output for row {bad} of {task.name!r} ({split}) is not finite: look for NaN or "
             "infinite weights"
         )
-    return score_of(outcomes, task.metric, points if windows else None)
+    return score_of(outcomes, task.metric, statistic_of(task), outputs)
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -291,8 +314,23 @@ def _answered(
     return outcomes
 
 
-def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> Array:
+def _told(
+    model: nn.Module, kind: str, count: int, batches: Iterator[tuple[list[int], dict[str, Tensor]]]
+) -> tuple[Array, Array]:
+    """Outcomes (count x 2) and outputs (count x k) of all tasks but questions."""
+    outcomes, outputs = np.zeros((count, 2)), np.zeros((count, 1))
+    for indices, batch in batches:
+        outcomes[indices], told = _outcomes(model, batch, kind)
+        if outputs.shape[1] != told.shape[1]:
+            outputs = np.zeros((count, told.shape[1]))
+        outputs[indices] = told
+    return outcomes, outputs
+
+
+def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> tuple[Array, Array]:
+    """Outcomes and outputs of one batch."""
     labels = batch.pop("labels")
+    outputs = None
     if kind == "similarity":
         first, second = embed(model, batch).chunk(2)
         found = functional.cosine_similarity(first, second)
@@ -303,12 +341,15 @@ def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> Array:
             logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
         found, labels = found.view(wanted.shape).sum(1), (wanted != IGNORED_LABEL).sum(1)
+        outputs = found / labels.clamp_min(1)
     else:
         logits = model(**batch).logits.float()
         found = logits.argmax(-1) if kind == "classification" else logits.squeeze(-1)
         if kind == "classification":  # argmax of NaN is a class like any other
             found = found.float().masked_fill(~logits.isfinite().all(-1), math.nan)
-    return torch.stack([found.double(), labels.double()], dim=1).cpu().numpy()
+            outputs = logits - logits.mean(-1, keepdim=True)
+    told = (found if outputs is None else outputs).view(len(found), -1)
+    return torch.stack([found.double(), labels.double()], dim=1).cpu().numpy(), told.double().cpu().numpy()
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def figures(ledger: Ledger, step: int) -> dict[str, Any]:
         "examples": row.measured.examples,
         "difference": row.measured.difference,
         "difference_noise": row.measured.difference_noise,
+        "output_error": row.measured.output_error,
         "size_bytes": row.size_bytes,
         "layer_bytes": row.layer_bytes,
         "compression": ledger.compression(row),

@@ -2,7 +2,9 @@
 
 Pipelines are a strength, or nothing, of each technique, in the order in which these are given, or in any. Optuna's tree-structured Parzen
 estimator (arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first
-rung runs many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. All of this is
+rung runs many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. A rung may go
+by the error of the outputs in the place of the score, which tells pipelines apart on examples that are too few for a score; what error
+goes with what loss is not known by then, so those go on that none beats in bytes and error. All of this is
 scored on the selection split; the pipeline that is chosen is scored once on the test split.
 
 The rows alone say what is done: proposals follow from the seed and the rows before them, so a search that was stopped goes on anywhere.
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, log2
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stackcomp.core.errors import MissingNeed, SettingError, StackcompError, StudyRefused
 from stackcomp.core.passes import Pass
@@ -38,15 +40,17 @@ PATIENCE = 50  # proposals in a row that are illegal or known already, after whi
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One round of a search. examples: how many are scored, all of the selection split for None; steps: the share of every training
-    pass's steps that is run."""
+    pass's steps that is run, one at least; by: what pipelines are judged by, their "score" or the "output error" (see `Measured`)."""
 
     examples: int | None = None
     steps: float = 1.0
+    by: Literal["score", "output error"] = "score"
 
     def __post_init__(self) -> None:
         if self.examples is not None:
             whole("examples", self.examples, 1)
         within("steps", self.steps, 0.0, 1.0, above=True)
+        one_of("by", self.by, ("score", "output error"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,8 +93,12 @@ class Search:
         whole("pipelines", self.pipelines, 1)
         whole("seed", self.seed, 0, 2**32 - 1)
         within("keep", self.keep, 0.0, 1.0, above=True)
-        if not self.rungs or self.rungs[-1].steps != 1.0:
-            raise SettingError("rungs: the last one must run all steps (steps=1.0)")
+        if not self.rungs or self.rungs[-1].steps != 1.0 or self.rungs[-1].by != "score":
+            raise SettingError("rungs: the last one must run all steps (steps=1.0) and go by the score")
+        if self.task.kind == "question_answering" and any(rung.by != "score" for rung in self.rungs):
+            raise SettingError(
+                "rungs: by='output error' needs outputs, which answers have none of: give by='score'"
+            )
         techniques(self.passes)
         for name in self.always:
             one_of("always", name, self.passes)
@@ -169,6 +177,7 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
 
 
 Choice = tuple[Technique, ...]
+Costs = tuple[float, ...]  # what is minimised: one figure, or several that are not weighed against each other
 
 
 class _Walk:
@@ -182,22 +191,31 @@ class _Walk:
 
     def first_rung(self) -> list[Choice]:
         """Propose and run pipelines until there are as many as asked for, or none is new; the best first."""
-        tried = dict[Choice, float]()
+        rung, tried = self._asked.rungs[0], dict[Choice, Costs]()
         for batch in self._proposals(tried):
-            ranked = self.rank(batch, self._asked.rungs[0], 1)
-            tried.update({choice: self._asked.cost(self.row(choice)) for choice in ranked})
+            tried.update(self._tried(batch, rung, 1))
         if not tried:
             raise StudyRefused(
                 f"search {self._asked.name!r} has no legal pipeline: run `stackcomp check` on one of them"
             )
-        return sorted(tried, key=lambda choice: tried[choice])
+        return _ranked(tried)
 
     def rank(self, choices: Sequence[Choice], rung: Rung, place: int) -> list[Choice]:
         """Run pipelines in a rung; the best first."""
+        return _ranked(self._tried(choices, rung, place))
+
+    def _tried(self, choices: Sequence[Choice], rung: Rung, place: int) -> "dict[Choice, Costs]":
+        """Run pipelines in a rung; what each costs."""
         found = self.run([self._entry(choice, rung, place) for choice in choices])
-        for choice in choices:
-            self._latest[choice] = found[_key(choice, place)]
-        return sorted(choices, key=lambda choice: self._asked.cost(self._latest[choice]))
+        self._latest |= {choice: found[_key(choice, place)] for choice in choices}
+        return {choice: self._costs(self._latest[choice], rung) for choice in choices}
+
+    def _costs(self, row: Row, rung: Rung) -> "Costs":
+        """What is minimised in a rung: the cost, or bytes and error."""
+        if rung.by == "score":
+            return (self._asked.cost(row),)
+        error = inf if "error" in row or row["output_error"] is None else row["output_error"]
+        return (inf if error == inf else log2(row["size_bytes"]), error)
 
     def row(self, choice: Choice) -> Row:
         """The row of a pipeline in the last rung that ran it."""
@@ -212,12 +230,13 @@ class _Walk:
             )
         return found
 
-    def _proposals(self, tried: dict[Choice, float]) -> Iterator[list[Choice]]:
-        """Batches of legal pipelines that are not in `tried`, which holds the cost of each earlier one by the next call."""
+    def _proposals(self, tried: "dict[Choice, Costs]") -> Iterator[list[Choice]]:
+        """Batches of legal pipelines that are not in `tried`, which holds the costs of each earlier one by the next call."""
         optuna = _optuna()
         asked = self._asked
         sampler = optuna.samplers.TPESampler(seed=asked.seed, n_startup_trials=2 * BATCH, multivariate=True)
-        study = optuna.create_study(sampler=sampler)
+        goals = 1 if asked.rungs[0].by == "score" else 2
+        study = optuna.create_study(sampler=sampler, directions=["minimize"] * goals)
         space = {
             name: optuna.distributions.CategoricalDistribution(
                 [LEFT_OUT] * (name not in asked.always)
@@ -236,7 +255,7 @@ class _Walk:
                 order = {one: trial.params[places[one.name]] if places else 0.0 for one in chosen}
                 choice = tuple(sorted(chosen, key=lambda one: order[one]))
                 if choice in tried:
-                    study.tell(trial, tried[choice])
+                    study.tell(trial, _finite(tried[choice]))
                 elif choice in trials or not self._is_legal(choice):
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 else:
@@ -245,7 +264,7 @@ class _Walk:
             if trials:
                 yield list(trials)
             for choice, trial in trials.items():
-                study.tell(trial, min(tried[choice], 1e9))
+                study.tell(trial, _finite(tried[choice]))
 
     def _is_legal(self, choice: Choice) -> bool:
         if not choice:
@@ -292,6 +311,24 @@ class _Walk:
             tokenizer=asked.tokenizer,
             labels={**_labels(choice), "rung": "chosen"},
         )
+
+
+def _ranked(costs: Mapping[Choice, Costs]) -> list[Choice]:
+    """The best first. Where there are two figures: those that none beats in both, the dearer ones of them first, then those that none of
+    the others beats, and so on."""
+    left, ranked = sorted(costs, key=lambda choice: costs[choice]), list[Choice]()
+    if all(len(cost) == 1 for cost in costs.values()):
+        return left
+    while left:
+        front = unbeaten(left, cost=lambda choice: costs[choice][0], worth=lambda choice: -costs[choice][1])
+        ranked += reversed(front)
+        left = [choice for choice in left if choice not in front]
+    return ranked
+
+
+def _finite(costs: Costs) -> Costs:
+    """Costs as Optuna takes them."""
+    return tuple(min(cost, 1e9) for cost in costs)
 
 
 def _lost(row: Row) -> float:

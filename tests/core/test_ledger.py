@@ -55,6 +55,14 @@ def test_a_row_replaces_what_stood_at_its_step_and_after():
     assert len(FOUND.with_row(row(2, 500, 250)).rows) == 3
 
 
+def test_the_error_of_outputs_has_a_column_where_it_was_measured():
+    assert "output error" not in str(FOUND)
+    second = FOUND.rows[1]
+    told = FOUND.with_row(replace(second, measured=replace(second.measured, output_error=0.0123)))
+    titles, rows = told.table()
+    assert [cells[titles.index("output error")] for cells in rows] == ["-", "0.0123"]
+
+
 def test_the_table_says_what_was_measured_and_nothing_more():
     text = str(FOUND)
     assert "4.00x" in text

@@ -1,6 +1,7 @@
 """Scores: equal to the reference libraries, with intervals that hold, whatever the batches."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 
 from stackcomp.core.errors import BadWeights, DataError
 from stackcomp.data import tasks
-from stackcomp.metrics import evaluate, paired_difference
+from stackcomp.metrics import evaluate, output_error, paired_difference
 from stackcomp.metrics.quality import METRICS, score_of
 
 WORDS = ["the", "a", "film", "good", "bad", "was", "very", "not", "plot", "actor", "and"]
@@ -101,6 +102,33 @@ def test_one_example_says_nothing_about_noise() -> None:
     assert (score.value, score.noise) == (100.0, 100.0)
     with pytest.raises(DataError, match="no examples"):
         score_of(np.zeros((0, 2)), "accuracy")
+
+
+def test_the_error_of_outputs_is_a_share_of_what_they_tell_apart(tokenizer) -> None:
+    task = tasks.classification({"train": sentences(40)}, selection=5, test=8)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(BertForSequenceClassification(config(initializer_range=1.0)).eval())
+    other = models[1]
+    with torch.no_grad():
+        other.classifier.bias += 3.0  # the same to a softmax
+    same = [evaluate(model, tokenizer, task, split="train") for model in models]
+    assert output_error(*same) == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        other.classifier.weight *= 0.9
+        other.classifier.bias *= 0.9
+    # all outputs shrink by a tenth, their mean with them
+    told = same[0].outputs
+    assert told is not None
+    wanted = 0.01 * np.square(told).sum() / np.square(told - told.mean(0)).sum()
+    dense = same[0]
+    assert output_error(dense, evaluate(other, tokenizer, task, split="train")) == pytest.approx(
+        wanted, rel=1e-3
+    )
+    alike = replace(dense, outputs=np.ones_like(told))
+    assert output_error(alike, dense) is None
+    assert output_error(dense, replace(dense, outputs=None)) is None
 
 
 def test_classification_and_independence_of_batches(tokenizer) -> None:

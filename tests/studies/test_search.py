@@ -24,7 +24,7 @@ PASSES = {
 
 def asked(folder, **settings):
     said = {"loss": 30.0, "pipelines": 10, "rungs": RUNGS, "passes": PASSES, **settings}
-    return sc.Search(name="toy", model=folder, task=toys.classification_task(), **said)
+    return sc.Search(**{"name": "toy", "model": folder, "task": toys.classification_task(), **said})
 
 
 @pytest.fixture
@@ -103,6 +103,27 @@ def test_what_is_chosen_is_not_made_again_for_its_score(go, folder):
     assert applied() == ["Prune"]
 
 
+def test_a_rung_by_the_error_of_outputs_passes_on_what_none_beats_in_bytes_and_error(go, folder):
+    rungs = (sc.Rung(examples=6, steps=0.25, by="output error"), sc.Rung())
+    _, rows = go(asked(folder, pipelines=11, keep=0.3, rungs=rungs))
+    first, last = rung(rows, 1), rung(rows, 2)
+    kept = [row["key"].partition("/")[2] for row in last]
+    assert len(kept) == round(0.3 * len(first))
+    for one in first:
+        if one["key"].partition("/")[2] in kept:
+            assert not any(
+                row["size_bytes"] <= one["size_bytes"] and row["output_error"] < one["output_error"]
+                for row in first
+            )
+
+
+def test_fronts_are_ranked_one_after_the_other():
+    costs = {"a": (1.0, 5.0), "b": (2.0, 3.0), "c": (2.0, 4.0), "d": (3.0, 9.0), "e": (9.0, 1.0)}
+    failed = {"f": (float("inf"), float("inf")), "g": (float("inf"), float("inf"))}
+    assert searching._ranked(costs | failed) == ["e", "b", "a", "c", "d", "f", "g"]
+    assert searching._ranked({"a": (2.0,), "b": (1.0,)}) == ["b", "a"]
+
+
 def test_within_a_size_it_is_the_best_score(go, folder):
     few = {"prune": PASSES["prune"], "int8": Round()}
     free, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
@@ -175,6 +196,8 @@ def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
         ({"loss": None, "size_bytes": 0}, "size_bytes=0"),
         ({"rungs": ()}, "the last one must run all steps"),
         ({"rungs": (sc.Rung(steps=0.5),)}, "the last one must run all steps"),
+        ({"rungs": (sc.Rung(by="output error"),)}, "and go by the score"),
+        ({"task": toys.question_task()}, "which answers have none of"),
         ({"keep": 0.0}, "keep=0.0"),
         ({"pipelines": 0}, "pipelines=0"),
         ({"passes": {}}, "holds no technique"),
@@ -182,6 +205,8 @@ def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
     ],
 )
 def test_bad_settings_are_refused_at_once(folder, settings, said):
+    if "task" in settings:
+        settings = {"rungs": (sc.Rung(by="output error"), sc.Rung()), **settings}
     with pytest.raises(SettingError, match=said):
         asked(folder, **settings)
 
