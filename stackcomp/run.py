@@ -269,10 +269,15 @@ class Run:
             tokenizer=tokenizer,
             teacher=lambda: self._teacher(tokenizer),
             calibration=self._calibration,
-            origins={weight.id: weight.origin for weight in chosen.weights},
+            origins={weight.id: weight.origin for weight in self._bound(step - 1).weights},
             progress=self._progress,
         )
         return item.apply(model, context)
+
+    def _bound(self, step: int) -> Plan:
+        """The plan after `step`, with what the passes until then have chosen."""
+        done = [item.bound(self._row(place).findings) for place, item in enumerate(self.passes[:step], 1)]
+        return contract.predict(done, self.plans[0])[-1]
 
     def _measured(self, step: int) -> Measured:
         """What was measured of `step` in this way, now or before."""

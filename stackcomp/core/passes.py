@@ -101,6 +101,12 @@ class Pass(ABC):
         the contract's business; a weight that goes by another name afterwards keeps its `origin`."""
         return plan
 
+    def bound(self, findings: Findings) -> "Pass":
+        """This pass with what its run has chosen, as `apply` told it, in the place of the rule by which it chose: what later passes
+        speak of is then known. A pass whose plan is known beforehand is itself."""
+        del findings
+        return self
+
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         """Refuse, from shapes alone, settings that do not fit the selected weights; called before any weight is read."""
         del weights  # most settings fit every weight

@@ -163,6 +163,32 @@ class Calibration:
         sums, count = self._folded(model, modules, lambda x: x.abs().sum(0), torch.add, progress)
         return {name: total / count[name] for name, total in sums.items()}
 
+    def influence(
+        self, model: nn.Module, layers: Sequence[nn.Module], *, progress: Progress = quiet
+    ) -> list[float]:
+        """1 - E cos(h, h') of each layer over all real tokens, h the hidden state that enters it and h' the one that leaves it: 0 where
+        it changes nothing (block influence, Men et al., ShortGPT, arXiv 2403.03853). The model is left as it was."""
+        alike, count = [0.0] * len(layers), 0
+        mask = torch.ones(0, 0, dtype=torch.bool)
+
+        def listen(place: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+                entering = inputs[0] if inputs else named["hidden_states"]
+                leaving = output[0] if isinstance(output, tuple) else output
+                states = (state[mask].float() for state in (entering, leaving))
+                alike[place] += float(nn.functional.cosine_similarity(*states, dim=-1).sum())
+
+            return hook
+
+        with _running(model), ExitStack() as hooks:
+            for place, layer in enumerate(layers):
+                hooks.callback(layer.register_forward_hook(listen(place), with_kwargs=True).remove)
+            for batch in progress(self.batches(_device(model)), label="influence", total=len(self)):
+                mask = batch["attention_mask"].bool()
+                count += int(mask.sum())
+                model(**batch)
+        return [1 - total / count for total in alike]
+
     def _folded(
         self,
         model: nn.Module,

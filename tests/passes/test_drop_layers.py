@@ -16,6 +16,7 @@ from stackcomp.core import headers
 from stackcomp.core.contract import legal_order, predict
 from stackcomp.core.errors import PipelineRefused, SelectionEmpty, SettingError, UnsupportedModel
 from stackcomp.core.plan import Plan
+from stackcomp.data import Calibration
 from stackcomp.manager import plan_of
 from tests import toys
 from tests.passes.test_conformance import apply, manager
@@ -288,3 +289,75 @@ def test_layers_that_compute_with_their_number_are_refused(tokenizer, tmp_path):
     model = deep("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(UnsupportedModel, match="scale_attn_by_inverse_layer_idx"):
         apply(sc.DropLayers(keep=2), model, tokenizer, tmp_path)
+
+
+def quieter(model, *places):
+    """The model with layers that change next to nothing: what they add to the residual stream is small beside it."""
+    with torch.no_grad():
+        for place in places:
+            layer = model.bert.encoder.layer[place]
+            for part in (layer.attention.output.dense, layer.output.dense):
+                part.weight.mul_(1e-4)
+                part.bias.zero_()
+            for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+    return model
+
+
+def test_by_influence_the_layers_that_change_least_go(tokenizer, tmp_path):
+    model = quieter(deep("bert"), 1, 2)
+    step = sc.DropLayers(keep=2, which="influence", samples=8)
+    whole = {name: part.clone() for name, part in model.state_dict().items()}
+    predicted = sc.check(step, model)[-1]
+    result = manager(tmp_path / "out", tokenizer).run(model, step)
+    found = result.ledger.rows[1].findings
+    assert found["kept"] == [0, 3]
+    assert max(found["influence"][1:3]) < min(found["influence"][0], found["influence"][3])
+    assert {weight.id for weight in predicted.weights} == {
+        weight.id for weight in plan_of(result.model).weights
+    }
+    for name, part in result.model.state_dict().items():
+        assert torch.equal(part, whole[name.replace("layer.1.", "layer.3.")])
+
+
+def test_influence_is_what_the_hidden_states_say(tokenizer):
+    model = deep("bert")
+    texts = ["a good film", "the plot was not very bad and the actor"]
+    calibration = Calibration(texts, tokenizer)
+    states = []
+    for text in texts:
+        with torch.no_grad():
+            states.append(
+                model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            )
+    for place, share in enumerate(calibration.influence(model, [*model.bert.encoder.layer])):
+        alike = torch.cat(
+            [torch.cosine_similarity(each[place][0], each[place + 1][0], dim=-1) for each in states]
+        )
+        assert share == pytest.approx(1 - alike.mean().item(), abs=1e-5)
+
+
+def test_what_follows_knows_which_layers_stayed(tokenizer, tmp_path):
+    """STF starts from the dense weight of the very layer, whichever the run has kept."""
+    model = quieter(deep("bert"), 1, 2)
+    pipeline = sc.Pipeline(
+        sc.DropLayers(keep=2, which="influence", samples=8), sc.DenseSparse(ratio=1.5, only=BLOCKS, samples=8)
+    )
+    learned = sc.STF(only=BLOCKS, latent="dense", steps=1, learning_rate=1e-12, samples=8, every=1)
+    named = sc.Pipeline(sc.DropLayers(which=(0, 3)), *pipeline.steps[1:], learned)
+    results = [
+        manager(tmp_path / name, tokenizer).run(model, pipeline)
+        for name, pipeline in (("found", sc.Pipeline(*pipeline.steps, learned)), ("named", named))
+    ]
+    digests = [nn.weights_digest(result.model) for result in results]
+    assert digests[0] == digests[1]
+
+
+def test_by_influence_layers_must_be_alike(tokenizer):
+    model, drop = deep("bert"), sc.DropLayers(keep=2, which="influence")
+    with pytest.raises(SettingError, match=r"encoder\.layer\.1\.\S+ is not stored as encoder\.layer\.0"):
+        sc.check(sc.Pipeline(sc.Int8Weights(only="encoder.layer.0"), drop), model)
+    with pytest.raises(SettingError, match="belongs to several layers"):
+        sc.check(sc.Pipeline(sc.ShareLayers(group=2), drop), model)
+    sc.check(sc.Pipeline(sc.Int8Weights(only=BLOCKS), drop), model)
