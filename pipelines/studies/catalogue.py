@@ -45,6 +45,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "3/4 of the neurons", sc.PruneNeurons(keep=0.75)
     yield "3/4 of the heads", sc.PruneHeads(keep=0.75)
     yield "5 of 6 layers", sc.DropLayers(keep=5)
+    yield "5 of 6 layers, by influence", sc.DropLayers(keep=5, which="influence")
     yield "entropy coding", sc.EntropyCode()
     words = sc.LowBitWeights(bits=3, only=WORDS)
     yield (
