@@ -45,6 +45,7 @@ class Report:
         found = {
             "stsb": tables.stsb(self.rows("stsb")),
             "quickstart": tables.quickstart(self.rows("quickstart")),
+            "speed": tables.speed(self.rows("speed")),
             "reload": tables.reload(self.rows("reload")),
             "kill": tables.kill_in_words(self.rows("kill")),
             "kill-study": tables.kill_study(self.rows("kill_study")),

@@ -55,6 +55,38 @@ def plus_minus(value: float | None, noise: float | None, *, signed: bool = False
     return f"{value:+.2f} ± {noise:.2f}" if signed else f"{value:.2f} ± {noise:.2f}"
 
 
+# what is stored, and what computes
+
+
+def speed(rows: Sequence[Row]) -> str:
+    """Every form of every model beside the dense one in float32."""
+    if not rows:
+        return not_run("speed")
+    forms = list(dict.fromkeys(form for row in rows for form in row["ratios"]))
+    cells = [
+        [
+            row["key"],
+            f"{row['size_bytes'] / 1e6:.1f} MB",
+            *(f"{row['ratios'][form]:.2f}x" if form in row["ratios"] else "-" for form in forms),
+        ]
+        for row in rows
+    ]
+    last = rows[-1]
+    titles = [
+        "model",
+        "file",
+        *(form.replace("float32", "fp32").replace("bfloat16", "bf16") for form in forms),
+    ]
+    return "\n\n".join(
+        [
+            table(titles, cells),
+            f"Time of a batch of {last['batch']} x {last['length']} tokens over that of the dense model in fp32, in turn in one process; "
+            "below 1.00x is faster. What a bf16 model has to beat is the dense one in bf16.",
+            made_by("speed", rows),
+        ]
+    )
+
+
 # every pass alone
 
 

@@ -249,6 +249,10 @@ def results() -> str:
             "All-MiniLM-L6-v2 fine-tuned on SST-2, and the smallest file that a search over pipelines found for it. The dense score is "
             "that of the fine-tuned model in float32; the whole file counts, word embeddings included.",
             smallest.headline(REPORT.rows(smallest.NAME)),
+            "## Speed",
+            "all-MiniLM-L6-v2 in the form in which a file stores it, and decoded once by `stackcomp.unpack`: *unpacked* into whole weights, "
+            "*factors* where products of two matrices stay products. Passes ran without calibration, as only time is looked at.",
+            tables.speed(REPORT.rows("speed")),
             "## Reloading",
             "Logits in the process that made the model, before it was written, against those of a new process.",
             tables.reload(REPORT.rows("reload")),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
     from stackcomp.manager import PassManager, check
+    from stackcomp.nn import unpack
     from stackcomp.size import sizes
     from stackcomp.studies import Entry, Rung, Search, Study, combinations
 
@@ -43,6 +44,7 @@ __all__ = [
     "parse",
     "sizes",
     "tasks",
+    "unpack",
 ]
 
 _hooks.on_transformers_import()
@@ -71,6 +73,10 @@ def __getattr__(name: str) -> Any:
         from stackcomp.checkpoint import load
 
         return load
+    if name == "unpack":
+        from stackcomp.nn import unpack
+
+        return unpack
     if name in ("Entry", "Rung", "Search", "Study", "combinations"):
         from stackcomp import studies
 

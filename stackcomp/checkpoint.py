@@ -57,6 +57,18 @@ def save(
         _write(folder / manifest.NAME, manifest.describe(folder, names, __version__))
 
 
+def export(model: "PreTrainedModel", directory: str | Path, *, beside: str | Path) -> None:
+    """Write `model` to a new folder as `transformers` writes it, nothing more, with the tokenizer that lies in `beside` where there is
+    one. Raises OutputInUse when the folder exists and is not empty; whatever fails, nothing is left behind."""
+    from transformers import AutoTokenizer
+
+    with whole_folder(Path(directory)) as folder:
+        with _without_bars():
+            model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        if (Path(beside) / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(beside).save_pretrained(folder)
+
+
 def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTrainedModel":
     """The model in `directory`, verified, in evaluation mode.
 

@@ -1,8 +1,8 @@
-"""The command line: `stackcomp check | run | study | search | report | show | passes`.
+"""The command line: `stackcomp check | run | study | search | report | unpack | show | passes`.
 
 Exit status: 0 when all went well, 2 for a refused pipeline or bad input, 1 when the machine failed (a full
 disk, an entry of a study) or a search reaches no goal, 130 when interrupted. Results go to standard output, messages to standard
-error. Torch is imported by `run`, `study`, `search` and `check --size` only.
+error. Torch is imported by `run`, `study`, `search`, `unpack` and `check --size` only.
 """
 
 import argparse
@@ -145,6 +145,19 @@ def _parser() -> argparse.ArgumentParser:
         help="what a pipeline must score to count (default: one point worse than the model as it came)",
     )
     command.set_defaults(command=_report)
+
+    command = commands.add_parser(
+        "unpack",
+        help="write a compressed checkpoint as an ordinary one, which any tool reads and which computes fast",
+    )
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    command.add_argument(
+        "--factors",
+        action="store_true",
+        help="keep products of two matrices where these are cheaper than the whole: faster, and still a checkpoint of stackcomp",
+    )
+    command.set_defaults(command=_unpack)
 
     command = commands.add_parser("show", help="print the ledger of a finished or running folder")
     command.add_argument("directory", type=Path, metavar="DIR")
@@ -304,6 +317,17 @@ def _report(options: argparse.Namespace) -> int:
     ours = [row for row in rows if row["key"] in asked and asked[row["key"]].made(row)]
     for path in write(study, ours, options.out, options.floor):
         print(path)
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from stackcomp import checkpoint
+    from stackcomp.nn import unpack
+
+    model = unpack(checkpoint.load(options.directory), factors=options.factors)
+    checkpoint.export(model, options.out, beside=options.directory)
+    sizes = [(folder / checkpoint.WEIGHTS).stat().st_size for folder in (options.directory, options.out)]
+    print(f"{options.out}: {sizes[1] / 1e6:.2f} MB, from {sizes[0] / 1e6:.2f} MB")
     return 0
 
 

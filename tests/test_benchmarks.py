@@ -17,6 +17,7 @@ from benchmarks import (
     quickstart,
     reload,
     reloaded,
+    speed,
     step_cost,
     stsb,
     tables,
@@ -98,7 +99,8 @@ def test_a_stamp_says_what_was_run_on_what():
 
 
 @pytest.mark.parametrize(
-    "name", ["stsb", "quickstart", "reload", "kill", "kill_study", "factorizing", "step_cost", "report"]
+    "name",
+    ["stsb", "quickstart", "reload", "kill", "kill_study", "factorizing", "step_cost", "speed", "report"],
 )
 def test_help(name):
     done = subprocess.run(
@@ -198,6 +200,24 @@ def test_quickstart_on_a_toy(rows, model, tmp_path):
     before = rows.path.read_text()
     run()
     assert rows.path.read_text() == before
+
+
+def test_speed_times_every_form_and_tells_the_file(rows, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "REPEATS", 1)
+    monkeypatch.setattr(
+        speed, "pipelines", lambda: [("dense", sc.Pipeline()), ("int8", sc.Pipeline(sc.Int8Weights()))]
+    )
+    speed.run(model, rows, out=tmp_path / "out")
+    dense, int8 = rows.read()
+    assert set(dense["ratios"]) == {f"stored, {dtype}" for dtype in speed.DTYPES}
+    assert set(int8["ratios"]) == {f"{form}, {dtype}" for form in speed.FORMS for dtype in speed.DTYPES}
+    assert int8["size_bytes"] < dense["size_bytes"]
+    assert "| int8 |" in tables.speed(rows.read())
+    made = int8["date"]
+    speed.run(model, rows, out=tmp_path / "out")
+    assert rows.read()[1]["date"] == made
+    assert tables.speed([]).startswith("Not run yet")
+    assert [name for name, _ in speed.pipelines()] == ["dense", "int8"]
 
 
 def test_reload_tells_same_bits_from_others(rows, model, tmp_path, monkeypatch):

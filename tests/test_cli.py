@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from stackcomp.cli import main
+from tests import toys
 
 LEGAL = "import stackcomp as sc\npipeline = sc.Pipeline(sc.MagnitudePrune(only='encoder.layer.*'), sc.Int8Weights())\n"
 ILLEGAL = "import stackcomp as sc\npipeline = sc.Pipeline(sc.Int8Weights(), sc.MagnitudePrune())\n"
@@ -127,6 +129,26 @@ def test_run_leaves_a_model_that_show_explains_and_resume_continues(tmp_path, ca
     ledger = json.loads(capsys.readouterr().out)
     assert [row["seed"] for row in ledger["rows"]] == [7, 7, 7]
     assert ledger["rows"][-1]["size_bytes"] == len(weights)
+
+
+def test_unpack_writes_what_transformers_reads_alone(tmp_path, capsys):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    assert main(["run", file(tmp_path, RUN), "--out", str(out)]) == 0
+    assert main(["unpack", str(out), "--out", str(plain)]) == 0
+    assert "MB, from" in capsys.readouterr().out
+    config = json.loads((plain / "config.json").read_text())
+    assert "quantization_config" not in config
+    batch = toys.batch(AutoTokenizer.from_pretrained(plain))
+    found, wanted = (
+        AutoModelForSequenceClassification.from_pretrained(folder)(**batch).logits for folder in (plain, out)
+    )
+    torch.testing.assert_close(found, wanted)
+    assert main(["unpack", str(out), "--out", str(plain)]) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert main(["unpack", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_full_disk_is_said_with_the_way_out(tmp_path, capsys, monkeypatch):

@@ -32,3 +32,4 @@ from .tree import check_finite as check_finite
 from .tree import relative as relative
 from .tree import weights as weights
 from .tree import weights_digest as weights_digest
+from .unpacking import unpack as unpack

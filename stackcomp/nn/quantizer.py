@@ -213,6 +213,19 @@ def attach(model: "PreTrainedModel") -> None:
         setattr(model, name, value)
 
 
+def detach(model: "PreTrainedModel") -> None:
+    """Let `model.save_pretrained` write a plain checkpoint again, where its config says all that there is to say."""
+    plain: Any = model
+    known = getattr(plain.config, "quantization_config", None)
+    if not isinstance(known, StackcompConfig) or known.heads is not None:
+        return
+    del plain.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if name in vars(plain):
+            delattr(plain, name)
+    plain.is_quantized = False
+
+
 def code(model: "PreTrainedModel") -> None:
     """Let `model.save_pretrained` write tensors entropy coded from now on, also once the model has been loaded again."""
     attach(model)

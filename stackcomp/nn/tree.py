@@ -8,7 +8,7 @@ is the first.
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,19 @@ def _untie(model: "PreTrainedModel") -> None:
                 for target, source in module.all_tied_weights_keys.items()
                 if not {target, source} & gone
             }
+
+
+def retie(model: "PreTrainedModel", plain: "PreTrainedModel") -> None:
+    """Put plain weights back on the lists by which `transformers` ties parameters, as they are in `plain`, a model of the same
+    architecture."""
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            like: Any = plain.get_submodule(name)
+            module._tied_weights_keys = like._tied_weights_keys
+            module.all_tied_weights_keys = dict(like.all_tied_weights_keys)
+    _untie(model)
 
 
 def _compressed(model: nn.Module) -> set[str]:
