@@ -250,8 +250,8 @@ def results() -> str:
             "that of the fine-tuned model in float32; the whole file counts, word embeddings included.",
             smallest.headline(REPORT.rows(smallest.NAME)),
             "## Speed",
-            "all-MiniLM-L6-v2 in the form in which a file stores it, and decoded once by `stackcomp.unpack`: *unpacked* into whole weights, "
-            "*factors* where products of two matrices stay products. Passes ran without calibration, as only time is looked at.",
+            "all-MiniLM-L6-v2 in the form in which a file stores it, and decoded once by `stackcomp.unpack`: *unpacked* into whole "
+            "weights, *factors* where products of two matrices stay products. Passes ran without calibration, as only time is looked at.",
             tables.speed(REPORT.rows("speed")),
             "## Reloading",
             "Logits in the process that made the model, before it was written, against those of a new process.",

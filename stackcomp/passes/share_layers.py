@@ -25,9 +25,10 @@ class ShareLayers(Pass):
     of the layers fall by the factor `group`. Put Distill after it.
 
     group: layers that share, from 1, which does nothing, up to all there are; the last group is smaller where their number is
-    no multiple. start: what the shared weight starts from: "mean", the mean of the weights it replaces, or "first", that of the
-    group's first layer. With `only` and `skip` some weights are shared and others are not: only="*.attention" shares those of
-    attention, as one variant of the paper does. Weights outside the layers are passed over.
+    no multiple. start: what the shared weight starts from: "first", that of the group's first layer, or "mean", the mean of the
+    weights it replaces, which is far from each of them in a trained model. With `only` and `skip` some weights are shared and
+    others are not: only="*.attention" shares those of attention, as one variant of the paper does. Weights outside the layers
+    are passed over.
 
     What is shared is one weight with several paths: later passes train, factorize or round it once, and select it by any of
     these paths. The model's family must be in the table of families.
@@ -37,7 +38,7 @@ class ShareLayers(Pass):
     """
 
     group: int = 2
-    start: Literal["mean", "first"] = "mean"
+    start: Literal["first", "mean"] = "first"
 
     paper: ClassVar[str] = "Lan et al., ALBERT, arXiv:1909.11942"
     idle: ClassVar[dict[str, Any]] = {"group": 1}
@@ -45,7 +46,7 @@ class ShareLayers(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("group", self.group, 1)
-        one_of("start", self.start, ("mean", "first"))
+        one_of("start", self.start, ("first", "mean"))
 
     @property
     def contract(self) -> Contract:
