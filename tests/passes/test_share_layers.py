@@ -56,7 +56,7 @@ def shared(model):
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
 def test_every_family_shares_as_planned_and_reloads_as_it_was(family, tokenizer, tmp_path):
-    model, step = deep(family), sc.ShareLayers(group=2)
+    model, step = deep(family), sc.ShareLayers(group=2, start="mean")
     before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
     predicted = predict((step,), plan_of(model))[-1]
     apply(step, model, tokenizer, tmp_path)
@@ -98,7 +98,7 @@ def test_groups_starts_and_what_stays_each_layers_own(tokenizer, tmp_path):
     first = nn.weights(model)[f"encoder.layer.0.{QUERY}"].dense().clone()
     biases = [layer.attention.self.query.bias.clone() for layer in model.bert.encoder.layer]
     classifier = model.classifier.weight.clone()
-    apply_alone(sc.ShareLayers(group=3, start="first"), model, model, tokenizer, tmp_path, None)
+    apply_alone(sc.ShareLayers(group=3), model, model, tokenizer, tmp_path, None)
     paths = [handle.spec.paths for id_, handle in nn.weights(model).items() if id_.endswith(QUERY)]
     assert paths == [
         tuple(f"encoder.layer.{layer}.{QUERY}" for layer in layers) for layers in ((0, 1, 2), (3, 4))
@@ -236,7 +236,7 @@ def test_dropping_the_layer_that_holds_a_compressed_weight_leaves_it_to_the_othe
 
 def test_training_moves_every_use_of_a_shared_weight(tokenizer, tmp_path):
     model = deep()
-    apply(sc.ShareLayers(), model, tokenizer, tmp_path)
+    apply(sc.ShareLayers(start="mean"), model, tokenizer, tmp_path)
     teacher = deep()
     wanted = logits(teacher, tokenizer)
     before = (logits(model, tokenizer) - wanted).norm()
