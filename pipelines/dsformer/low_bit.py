@@ -8,7 +8,9 @@ Methods, all with the same number of recovery steps, batches, teacher and losses
 - "rounded": LowBitWeights of 2 bits, without recovery; "ternary" and "binary": the same with 1.6 and 1; each with ", trained":
   QuantizationAware at the same bits;
 - "dense-sparse" and "low rank", with factors of 4 or of 8 bits;
-- "pruned": the largest values, of 4 bits, beside a bitmap; "STF": supports learned in half of the steps, 4 bits in the other half.
+- "STF": supports learned in half of the steps, 4 bits in the other half; "STF, GPTQ": supports and values learned in all steps, then
+  rounded to 4 or to 3 bits on calibration text, without a further step;
+- "pruned": the largest values, of 4 bits, beside a bitmap.
 
 Plain rounding meets every budget; that of 2 bits in two ways, with 2 bits and a scale for 384 values, or ternary with one for 40. What an
 entry really came to stands in its row: `layer_compression` of its last step, from 32 bits.
@@ -47,6 +49,7 @@ class Width:
 
 
 WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.5))
+GPTQ_WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=3, value_bits=3.6))
 
 
 def learned(budget: Budget, bits: float, group: int | None = None, **settings: object) -> sc.Pass:
@@ -70,6 +73,10 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
     start = {"ratio": WIDTHS[0].ratio(bits), "value_bits": WIDTHS[0].value_bits}
     half = {"steps": budget.steps // 2}
     yield "STF, int4", sc.Pipeline(factorized(**start), stf(budget, **half), learned(budget, 4, **half))
+    for width in GPTQ_WIDTHS:
+        start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
+        rounding = sc.GPTQ(bits=width.bits, only=BLOCKS, samples=1024)
+        yield f"STF, GPTQ int{width.bits}", sc.Pipeline(factorized(**start), stf(budget), rounding)
     pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)
     yield "pruned, int4", sc.Pipeline(pruned, learned(budget, 4))
 
