@@ -41,6 +41,7 @@ FINER = (
     4  # and half as many after every FINER sweeps: broad moves first, then ones that keep what has been found
 )
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
+CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent: see below
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
 BASIS_RIDGE = 1e-6  # of the mean diagonal of S^T P S: an atom that no row uses stays finite
 
@@ -167,13 +168,13 @@ class Factorizer:
 
     def sweep(self, *, swapped: int | None = None, steps: int = DESCENT_STEPS) -> None:
         """One round. swapped: how many atoms of a row may change in each group, one at least, s / SWAPPED unless said. steps: conjugate
-        gradient steps of independent rows for each least squares, at most: a code that is nearly right needs few."""
+        gradient steps for each least squares, at most: a code that is nearly right needs few."""
         count = max(1, self._nonzeros // SWAPPED if swapped is None else swapped)
         count = min(count, self._group - self._nonzeros)
         self.solve_basis()
         if self._rows is not None:
             self._exchange_tied(count)
-            self._solve_tied()
+            self._solve_tied(min(steps, CONJUGATE_STEPS))
             return
         normal, right = self._normal(), self._right()
         for rows in self._parts():
@@ -241,6 +242,8 @@ class Factorizer:
             self.basis if self._problems == self._blocks and self._columns is None else self._whitened()[None]
         )
         self._gram = self._dictionary @ self._dictionary.mT
+        if self._rows is None:
+            self._gram.diagonal(dim1=1, dim2=2).add_(CODE_RIDGE)
 
     def _whitened(self) -> Tensor:
         """blockdiag(D) Q^(1/2): the dictionary (k b x m) that whitened rows are coded in."""
@@ -284,7 +287,11 @@ class Factorizer:
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
-        self._fit(self._normal(), self._right())
+        pulled = self._pull(self.code)
+        target = (
+            self._split(self._weight) if self._problems == self._blocks else self._target
+        )  # else Q cancels
+        self._fit(self.code.mT @ pulled, pulled.mT @ target)
         self.code *= self._normalise_atoms()
         self._look()
 
@@ -353,7 +360,7 @@ class Factorizer:
             )
             residual[:, picked] = correlations[:, picked] - self.code[:, picked] @ self._gram
 
-    def _solve_tied(self) -> None:
+    def _solve_tied(self, steps: int) -> None:
         """All values at once for the support and basis as they are, preconditioned by each row's own equations."""
         gram, correlations, support = self._gram[0], self._correlations()[0], self._support()
         factors = [factor_supports(gram, part) for part in support.split(FREE_ROWS)]
@@ -367,7 +374,7 @@ class Factorizer:
         residual = gather(self._pull(correlations - self.code[0] @ gram), support)
         ahead = step = conditioned(residual)
         size = (residual * ahead).sum()
-        for _ in range(CONJUGATE_STEPS):
+        for _ in range(steps):
             curved = gather(self._pull(scatter(support, step, self._group) @ gram), support)
             curvature = (step * curved).sum()
             if curvature <= 0 or size <= 0:  # nothing left to gain in float32
