@@ -103,7 +103,8 @@ def test_it_is_as_good_as_the_best_partition(kind, bits, n, more):
 def test_values_no_more_than_levels_are_kept(pool, n, seed):
     chance = torch.Generator().manual_seed(seed)
     values = torch.tensor(pool)[torch.randint(0, len(pool), (2, n), generator=chance)]
-    assert torch.equal(shared(values, 3), values)
+    # two values that are nearer than this cost less apart than sums of squares can tell
+    assert (shared(values, 3) - values).abs().max() <= 1e-7 * values.abs().max()
 
 
 def test_constant_and_empty_lines():
