@@ -452,7 +452,7 @@ def step_cost(rows: Sequence[Row]) -> str:
     words = (
         f"A plain fine-tuning step takes {row['plain_ms']:.0f} ms, a straight-through step {row['step_ms']:.0f} ms and a projection of "
         f"all {row['weights']} weights {row['projection_ms']:.0f} ms of processor time (all-MiniLM-L6-v2, batch {row['batch']}, "
-        f"{row['length']} tokens), in turn in one process, {row['rounds']} times {row['steps']} steps."
+        f"{row['length']} tokens{', bf16' if row.get('bf16') else ''}), in turn in one process, {row['rounds']} times {row['steps']} steps."
     )
     titles = ["steps between projections", "over a plain step", "from to"]
     return "\n\n".join([words, table(titles, cells), made_by("step_cost", rows)])
