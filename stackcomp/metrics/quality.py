@@ -316,13 +316,12 @@ def _answered(
 
 def _told(
     model: nn.Module, kind: str, count: int, batches: Iterator[tuple[list[int], dict[str, Tensor]]]
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Outcomes (count x 2) and outputs (count x k) of all tasks but questions."""
-    outcomes, outputs = np.zeros((count, 2)), np.zeros((count, 1))
+    outcomes, outputs = np.zeros((count, 2)), None
     for indices, batch in batches:
         outcomes[indices], told = _outcomes(model, batch, kind)
-        if outputs.shape[1] != told.shape[1]:
-            outputs = np.zeros((count, told.shape[1]))
+        outputs = np.zeros((count, told.shape[1])) if outputs is None else outputs
         outputs[indices] = told
     return outcomes, outputs
 

@@ -214,8 +214,8 @@ class _Walk:
         """What is minimised in a rung: the cost, or bytes and error."""
         if rung.by == "score":
             return (self._asked.cost(row),)
-        error = inf if "error" in row or row["output_error"] is None else row["output_error"]
-        return (inf if error == inf else log2(row["size_bytes"]), error)
+        error = row.get("output_error")  # none where it failed
+        return (inf, inf) if error is None else (log2(row["size_bytes"]), error)
 
     def row(self, choice: Choice) -> Row:
         """The row of a pipeline in the last rung that ran it."""
