@@ -17,7 +17,7 @@ AS_IN_TABLE = "as in the table"
 LOW_BIT = """\
 The encoder in so many bits a weight, all bytes counted: values, scales and indices. Every method but plain rounding gets the same
 steps of recovery, with rounding in their loop. A cell is the score and, behind it, the bits that the row really came to; the best of a
-column is bold."""
+column is bold, and a dash is a row that has not run, or that the method cannot have."""
 
 OPTIONS = """\
 One option of STF changed at a time, at an encoder compression of 3.57x; one seed. *Behind* is the score less that of the recipe of the

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import combined, dsformer, pictures, smallest, tables
+from benchmarks import combined, dsformer, pictures, smallest, stacked, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -50,6 +50,7 @@ class Report:
             "kill": tables.kill_in_words(self.rows("kill")),
             "kill-study": tables.kill_study(self.rows("kill_study")),
             "dsformer": dsformer.headline(self.dsformer()),
+            "stacked": stacked.headline(self.rows("stacked")),
             "combined": combined.headline(self.rows(combined.NAME)),
             "smallest": smallest.headline(self.rows(smallest.NAME)),
             "factorizing": tables.factorizing(self.rows("factorizing")),

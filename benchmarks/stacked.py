@@ -85,9 +85,20 @@ def section(rows: Sequence[Row]) -> str:
     found = list(stacks(rows))
     if not found:
         return not_run("stacked")
+    return "\n\n".join([READING, *_partial(rows), _table(found), _verdicts(found), made_by("stacked", rows)])
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """What each base leaves for DSFormer, in a line each."""
+    found = list(stacks(rows))
+    if not found:
+        return not_run("stacked")
+    return "\n\n".join([_verdicts(found), *_partial(rows), made_by("stacked", rows)])
+
+
+def _partial(rows: Sequence[Row]) -> list[str]:
     done = sum("error" not in row for row in rows)
-    partial = [] if done >= ROWS else [f"Partial: {done} of {ROWS} rows so far."]
-    return "\n\n".join([READING, *partial, _table(found), _verdicts(found), made_by("stacked", rows)])
+    return [] if done >= ROWS else [f"Partial: {done} of {ROWS} rows so far."]
 
 
 def _table(found: Sequence[Stack]) -> str:

@@ -58,6 +58,11 @@ def test_the_largest_extra_that_keeps_the_score_is_named_and_partial_rows_say_so
     )
     assert "- stsb, int8: no stack within 1 point; the nearest is at -8.00." in text
     assert "shared layers" not in text
+    short = stacked.headline(ROWS)
+    assert "- stsb, int8: no stack within 1 point" in short
+    assert "Partial:" in short
+    assert "| stsb" not in short
+    assert stacked.headline([]).startswith("Not run yet")
     assert "**2x**" in text
     assert "**2.8x**" not in text
     lines = [line for line in text.splitlines() if "distilled student" in line and line.startswith("|")]

@@ -108,9 +108,9 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
             sc.MovementPrune(sparsity=0.674, start="magnitude", **budget.learning, only=BLOCKS, frozen=FROZEN)
         ),
         "2 layers": sc.Pipeline(
-            sc.DropLayers(keep=2, which="first"), sc.Distill(**budget.learning, hidden=0.0, skip=FROZEN)
+            sc.DropLayers(keep=2), sc.Distill(**budget.learning, hidden=0.0, skip=FROZEN)
         ),
-        "2 layers, hidden states": sc.Pipeline(sc.DropLayers(keep=2, which="first"), recovery),
+        "2 layers, hidden states": sc.Pipeline(sc.DropLayers(keep=2), recovery),
     }
 
 
