@@ -78,6 +78,8 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
     """
     import transformers
 
+    from stackcomp.nn import align
+
     verify(directory)
     config = json.loads((Path(directory) / "config.json").read_text("utf8"))
     saved = (config.get("architectures") or ["AutoModel"])[0]
@@ -100,6 +102,7 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
                 f"{directory}: {len(names)} tensors are {problem} for {type(model).__name__} "
                 f"({', '.join(names[:3])}, ...): load it as {saved}"
             )
+    align(model)  # also a plain one
     return model
 
 

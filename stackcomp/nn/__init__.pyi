@@ -28,6 +28,7 @@ from .surgery import split as split
 from .surgery import tile as tile
 from .tree import WeightHandle as WeightHandle
 from .tree import absolute as absolute
+from .tree import align as align
 from .tree import check_finite as check_finite
 from .tree import relative as relative
 from .tree import weights as weights

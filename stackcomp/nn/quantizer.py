@@ -34,7 +34,7 @@ from stackcomp.core.settings import whole
 from stackcomp.core.spec import FORMS, Coding, MatrixSpec, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
-from stackcomp.nn.tree import absolute, install, relative, weights
+from stackcomp.nn.tree import absolute, align, install, relative, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,6 +160,7 @@ class StackcompQuantizer(HfQuantizer):
             self._expanded()
             self._expanded = None
         _share(model, self.quantization_config.shared)
+        align(model)
 
     def get_state_dict_and_metadata(
         self, model: "PreTrainedModel"

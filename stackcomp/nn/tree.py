@@ -6,6 +6,7 @@ is the first.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from stackcomp.nn.matrix import CODINGS, StoredMatrix, store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALIGNMENT = 64  # bytes: what torch gives its own tensors
 PLAIN = (nn.Linear, Conv1D, nn.Embedding)  # by exact type: a subclass may compute something else
 
 
@@ -107,6 +109,14 @@ def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
         first = next(iter(members))
         handles[first] = WeightHandle(spec=_spec(first, members), modules=tuple(members.values()))
     return handles
+
+
+def align(model: nn.Module) -> None:
+    """Move tensors that do not start at a multiple of `ALIGNMENT` bytes, as those that lie in a file as it was read may not: products take
+    another path there on some processors, and differ in their last bits from those of the model that was saved."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def check_finite(model: "PreTrainedModel") -> None:
