@@ -71,13 +71,14 @@ def stepper(model: Any, batch: Any) -> Callable[[], None]:
     """One step of fine-tuning."""
     import torch
 
-    from stackcomp import metrics, training
+    from stackcomp import metrics
+    from stackcomp.training.precision import precision
 
     model.train()
     optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=5e-5)
 
     def step() -> None:
-        with training.precision(model.device, bf16=metrics.bf16_pays(model.device)):
+        with precision(model.device, bf16=metrics.bf16_pays(model.device)):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()

@@ -68,9 +68,10 @@ def _separate(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrained
     likes: list[Any] = [plain.get_submodule(name) for name in names]
     own: dict[int, nn.Parameter] = {id(likes[0].weight): handle.parameter}
     for name, like in zip(names, likes, strict=True):
+        if id(like.weight) not in own:
+            own[id(like.weight)] = _copied(handle.parameter, handle.requires_grad)
         layer: Any = model.get_submodule(name)
-        copied = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
-        layer.weight = own.setdefault(id(like.weight), copied)
+        layer.weight = own[id(like.weight)]
 
 
 def _restore(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrainedModel") -> None:
@@ -84,10 +85,9 @@ def _restore(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrainedM
         replaced: Any = model.get_submodule(name)
         like: Any = plain.get_submodule(name)
         if id(replaced) not in made and isinstance(replaced, CompressedLayer):
-            kept = tied.setdefault(
-                id(like.weight), nn.Parameter(weight.clone(), requires_grad=handle.requires_grad)
-            )
-            made[id(replaced)] = _layer(like, replaced, kept)
+            if id(like.weight) not in tied:
+                tied[id(like.weight)] = _copied(weight, handle.requires_grad)
+            made[id(replaced)] = _layer(like, replaced, tied[id(like.weight)])
         if id(replaced) in made:
             model.set_submodule(name, made[id(replaced)])
 
@@ -100,7 +100,7 @@ def _layer(like: nn.Module, replaced: Any, weight: nn.Parameter) -> nn.Module:
             layer: Any = nn.Embedding(rows, cols, like.padding_idx)
         elif isinstance(like, Conv1D):
             layer = Conv1D(rows, cols)
-            weight = nn.Parameter(_turned(weight), requires_grad=weight.requires_grad)
+            weight = _copied(weight.t(), weight.requires_grad)
         else:
             layer = nn.Linear(cols, rows, bias=replaced.bias is not None)
     layer.weight = weight
@@ -109,5 +109,7 @@ def _layer(like: nn.Module, replaced: Any, weight: nn.Parameter) -> nn.Module:
     return layer.train(replaced.training)
 
 
-def _turned(weight: Tensor) -> Tensor:
-    return weight.detach().t().contiguous()
+def _copied(weight: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A weight of its own, row after row."""
+    copied = weight.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=requires_grad)

@@ -18,8 +18,7 @@ A sweep alternates two steps, neither of which raises the error:
    its largest eigenvalue, which makes them independent; then all values together, by conjugate gradients.
 
 Codes of independent rows pay a little for their size, as in a ridge regression: values that cancel one another are large, hold the next
-dictionary where it is, and do not survive being rounded. On MiniLM-L6's 1536 x 384 weights this lowers the error by 6%, and that of factors
-rounded to 4 bits to a third.
+dictionary where it is, and do not survive being rounded.
 """
 
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ FINER = (
     4  # and half as many after every FINER sweeps: broad moves first, then ones that keep what has been found
 )
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
-CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent: see below
+CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
 BASIS_RIDGE = 1e-6  # of the mean diagonal of S^T P S: an atom that no row uses stays finite
 

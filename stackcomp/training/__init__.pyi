@@ -4,7 +4,6 @@ from .loop import train as train
 from .losses import DistillationLoss as DistillationLoss
 from .losses import Loss as Loss
 from .losses import TaskLoss as TaskLoss
-from .precision import precision as precision
 from .rounding import rounded as rounded
 from .scores import ScoredMask as ScoredMask
 from .scores import scored as scored

@@ -163,3 +163,15 @@ def test_cuda_agrees_in_error():
     assert metric_error(weight - there.product().cpu(), inputs=inputs, outputs=outputs) == pytest.approx(
         expected, rel=0.1
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_codes_that_pay_for_their_size_are_smaller_and_explain_no_less(seed: int, monkeypatch):
+    """What rounding both factors costs grows with their size."""
+    weight = noise(256, 96, seed) * torch.linspace(2, 0.1, 96)
+    ours = dense_sparse(weight, atoms=72, nonzeros=30, sweeps=8)
+    monkeypatch.setattr("stackcomp.ops.factorize.CODE_RIDGE", 0.0)
+    free = dense_sparse(weight, atoms=72, nonzeros=30, sweeps=8)
+    sizes = [factors.values.norm() * factors.basis.norm() for factors in (ours, free)]
+    assert sizes[0] < 0.9 * sizes[1]
+    assert error(weight, ours, None, None) < error(weight, free, None, None)
