@@ -75,7 +75,8 @@ class FactorizingPass(Pass):
     of at least 1: 1 gives every layer the same ratio (nothing is shared out), None sets no limit: the
     predicted error is local, and a layer it calls cheap may not be; value_bits: bits that a value will take in
     the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32): the ratio then
-    counts these bytes, of the dense weight too, so that indices have their true share; None: bits as they are.
+    counts these bytes, of the dense weight too, so that indices have their true share, and dense-sparse factors are made to be rounded;
+    None: bits as they are.
     """
 
     ratio: float = 2.0

@@ -70,13 +70,24 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
         yield f"dense-sparse, int{width.bits}", sc.Pipeline(factorized(**start), recovery)
         low_rank = sc.LowRank(**start, only=BLOCKS, sensitivity=False, samples=1024)
         yield f"low rank, int{width.bits}", sc.Pipeline(low_rank, recovery)
-    start = {"ratio": WIDTHS[0].ratio(bits), "value_bits": WIDTHS[0].value_bits}
-    half = {"steps": budget.steps // 2}
-    yield "STF, int4", sc.Pipeline(factorized(**start), stf(budget, **half), learned(budget, 4, **half))
+    half, int4 = {"steps": budget.steps // 2}, WIDTHS[0]
+    yield (
+        "STF, int4",
+        sc.Pipeline(
+            factorized(ratio=int4.ratio(bits), value_bits=int4.value_bits),
+            stf(budget, value_bits=int4.value_bits, **half),
+            learned(budget, 4, **half),
+        ),
+    )
     for width in GPTQ_WIDTHS:
-        start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
-        rounding = sc.GPTQ(bits=width.bits, only=BLOCKS, samples=1024)
-        yield f"STF, GPTQ int{width.bits}", sc.Pipeline(factorized(**start), stf(budget), rounding)
+        yield (
+            f"STF, GPTQ int{width.bits}",
+            sc.Pipeline(
+                factorized(ratio=width.ratio(bits), value_bits=width.value_bits),
+                stf(budget, value_bits=width.value_bits),
+                sc.GPTQ(bits=width.bits, only=BLOCKS, samples=1024),
+            ),
+        )
     pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)
     yield "pruned, int4", sc.Pipeline(pruned, learned(budget, 4))
 

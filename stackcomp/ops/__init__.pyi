@@ -13,6 +13,7 @@ from .clusters import cluster as cluster
 from .factorize import DenseSparseFactors as DenseSparseFactors
 from .factorize import Factorizer as Factorizer
 from .factorize import dense_sparse as dense_sparse
+from .factorize import rounding_noise as rounding_noise
 from .kronecker import kronecker as kronecker
 from .kronecker import kronecker_errors as kronecker_errors
 from .low_bit import dequantize_groups as dequantize_groups

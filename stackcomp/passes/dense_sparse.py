@@ -281,6 +281,7 @@ class DenseSparse(FactorizingPass):
             transposed=not rank and self._form(*layer.weight.shape).turned,
             inputs=layer.inputs,
             outputs=layer.outputs,
+            noise=ops.rounding_noise(self.value_bits),
             sweeps=self.sweeps,
             seed=seed,
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stackcomp import data, nn, training
+from stackcomp import data, nn, ops, training
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
@@ -32,6 +32,8 @@ class STF(LearnedForm):
     away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
     in the plain one.
+    value_bits: bits that a value will take in the end, where a later pass rounds it: give what DenseSparse was given, so that projections,
+    too, are made to be rounded.
     latent: what W starts as. "dense", the weight as it came, as in the paper: supports move from the first projection
     on; give it where the factors were made of that very weight, as what a pass in between has trained is forgotten.
     "product", S D: safe everywhere, but an atom outside a support must outgrow one inside by gradient steps alone, so
@@ -50,6 +52,7 @@ class STF(LearnedForm):
     data_aware: bool = True
     samples: int = 1024
     damping: float = 1e-3
+    value_bits: float | None = None
 
     paper: ClassVar[str] = "Chand et al., DSFormer, arXiv:2312.13211"
 
@@ -59,6 +62,8 @@ class STF(LearnedForm):
         one_of("latent", self.latent, ("product", "dense"))
         whole("samples", self.samples, 1)
         within("damping", self.damping, 0.0, 1.0, above=True)
+        if self.value_bits is not None:
+            within("value_bits", self.value_bits, 1.0, 32.0)
 
     @property
     def contract(self) -> Contract:
@@ -117,15 +122,16 @@ class STF(LearnedForm):
     ) -> "dict[str, Start]":
         """Where every weight starts."""
         dense = self._dense(context, handles)
+        noise = ops.rounding_noise(self.value_bits)
         if not self.data_aware:
-            return {id_: training.Start(dense=dense.get(id_)) for id_ in handles}
+            return {id_: training.Start(dense=dense.get(id_), noise=noise) for id_ in handles}
         text = data.Calibration.of(context, self.samples)
         modules = {id_: handle.modules for id_, handle in handles.items()}
         moments = text.second_moments(model, modules, progress=context.progress)
         starts: dict[str, Start] = {}
         for id_, handle in handles.items():
             metric, mean = data.input_metric(handle, moments[id_], damping=self.damping)
-            starts[id_] = training.Start(metric=metric, mean=mean, dense=dense.get(id_))
+            starts[id_] = training.Start(metric=metric, mean=mean, dense=dense.get(id_), noise=noise)
         return starts
 
 

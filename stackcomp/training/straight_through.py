@@ -33,11 +33,13 @@ WARM_STEPS = 3  # conjugate gradient steps of a projection: the last one is near
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a latent weight starts, beside its factors. metric: of the layer's inputs, plain without one; mean: of these inputs, where
-    the layer's bias takes up the mean of what a projection changes; dense: what W starts as, where that is not S D."""
+    the layer's bias takes up the mean of what a projection changes; dense: what W starts as, where that is not S D; noise: what rounding
+    will do to the factors, in share of their mean square."""
 
     metric: Whitener | None = None
     mean: Tensor | None = None
     dense: Tensor | None = None
+    noise: float = 0.0
 
 
 class Latent(nn.Module):
@@ -68,6 +70,7 @@ class Latent(nn.Module):
             groups=spans // blocks,
             transposed=factors.transposed,
             inputs=start.metric,
+            noise=start.noise,
             start=factors,
         )
         self.weight = nn.Parameter((product if start.dense is None else start.dense).clone())

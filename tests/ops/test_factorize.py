@@ -1,12 +1,14 @@
 """Dense-sparse: planted factors come back, sweeps never hurt, metrics help, and low rank is its corner."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from stackcomp.core.errors import BadWeights, SettingError
-from stackcomp.ops.factorize import DenseSparseFactors, dense_sparse
+from stackcomp.ops.factorize import DenseSparseFactors, dense_sparse, rounding_noise
+from stackcomp.ops.low_bit import round_groups
 from stackcomp.ops.low_rank import rank_errors
 from stackcomp.ops.sparse_coding import scatter
 from stackcomp.ops.whiten import Whitener, metric_error, whitener
@@ -175,3 +177,49 @@ def test_codes_that_pay_for_their_size_are_smaller_and_explain_no_less(seed: int
     sizes = [factors.values.norm() * factors.basis.norm() for factors in (ours, free)]
     assert sizes[0] < 0.9 * sizes[1]
     assert error(weight, ours, None, None) < error(weight, free, None, None)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_factors_that_are_made_to_be_rounded_lose_less_by_it(blocks: int, coupled: bool, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(192, 64, generator=generator) * torch.linspace(2, 0.1, 64)
+    alike = torch.randn(
+        192, 6, generator=generator
+    )  # rows whose inputs move together invite codes that cancel
+    moment = alike @ alike.T + 0.05 * torch.eye(192)
+    outputs = whitener(moment, damping=1e-3) if coupled else None
+
+    def errors(bits: float | None) -> tuple[float, float]:
+        factors = dense_sparse(
+            weight,
+            atoms=48 // blocks,
+            nonzeros=12 // blocks,
+            blocks=blocks,
+            outputs=outputs,
+            sweeps=6,
+            noise=rounding_noise(bits),
+        )
+        rounded = replace(
+            factors,
+            values=round_groups(factors.values.flatten(1), "int3", 32).view(factors.values.shape),
+            basis=round_groups(factors.basis.flatten(0, 1), "int3", 32).view(factors.basis.shape),
+        )
+        return float(error(weight, factors, None, outputs)), float(error(weight, rounded, None, outputs))
+
+    (plain, plain_rounded), (ready, ready_rounded) = errors(None), errors(3.6)
+    assert ready_rounded < (0.5 if coupled else 1) * plain_rounded
+    assert ready > plain
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_noise_to_be_ready_for_is_three_times_what_rounding_leaves_of_gaussian_groups(bits: int):
+    values = noise(512, 128)
+    left = (round_groups(values, f"int{bits}", 32) - values).square().mean()
+    assert rounding_noise(bits + 0.6) == pytest.approx(3 * float(left), rel=0.1)
+
+
+def test_nothing_is_made_for_a_rounding_that_does_not_come():
+    assert rounding_noise(None) == 0
+    assert rounding_noise(32) < 1e-15

@@ -8,6 +8,7 @@ from stackcomp import checkpoint, nn, ops, training
 from stackcomp.core.context import Context, quiet
 from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingError
 from stackcomp.manager import plan_of
+from stackcomp.nn import CompressedLayer
 from stackcomp.ops import Factorizer, dense_sparse
 from stackcomp.training.straight_through import Latent, Start
 from tests import toys
@@ -147,6 +148,24 @@ def test_supports_move_where_the_weight_as_it_came_is_known_and_hardly_do_elsewh
         return sum(apply_to(model, step, tokenizer, tmp_path / f"scratch-{latent}")["changed"])
 
     assert changed("dense") > 10 * changed("product")
+
+
+def test_projections_are_made_to_be_rounded_where_that_is_said(tokenizer, tmp_path):
+    def size(value_bits: float | None) -> float:
+        model = toys.bert_classifier()
+        apply(START, model, tokenizer, tmp_path)
+        step = sc.STF(**QUICK, every=1, learning_rate=1e-9, latent="dense", value_bits=value_bits)
+        apply_to(model, step, tokenizer, tmp_path / f"scratch-{value_bits}")
+        layers = [handle.modules[0] for handle in nn.weights(model).values()]
+        sparse = [layer.matrices for layer in layers if isinstance(layer, CompressedLayer)]
+        with torch.no_grad():
+            return sum(
+                float(parts["basis"].values.norm() * parts["coefficients"].values.norm()) for parts in sparse
+            )
+
+    assert size(2.6) < 0.98 * size(None)
+    with pytest.raises(SettingError, match=r"value_bits=0"):
+        sc.STF(value_bits=0)
 
 
 def test_a_dense_start_is_refused_where_the_model_as_it_came_has_no_such_weight(
