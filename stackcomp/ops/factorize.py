@@ -93,8 +93,9 @@ def dense_sparse(
     """Factorize `weight` with `atoms` (b) a block and `nonzeros` (s) a group, minimising `whiten.metric_error`.
 
     Starts from random rows of the weight as atoms, those that matter more being likelier (all randomness is from `seed`), then `sweeps`
-    sweeps. noise: what rounding will do to the values, by `rounding_noise`. With s = b in one block nothing is sparse: the optimal low rank is returned at once. Where we differ from the paper:
-    the metrics; and blocks are coded together, so that each corrects the errors of the others.
+    sweeps. noise: what rounding will do to the values, by `rounding_noise`. With s = b in one block nothing is sparse: the optimal low
+    rank is returned at once. Where we differ from the paper: the metrics; and blocks are coded together, so that each corrects the errors
+    of the others.
     SettingError: blocks, groups, atoms or nonzeros do not fit the weight. BadWeights: NaN or infinite values.
     """
     rows, columns = reversed(weight.shape) if transposed else weight.shape
