@@ -23,6 +23,7 @@ class Fact(StrEnum):
     SPARSE = "sparse"  # only a fixed support is stored; what is off it is zero and stays zero
     FACTOR = "factor"  # the part is one factor of a product
     KRONECKER = "kronecker"  # the part is one side of a sum of Kronecker products
+    BRANCH = "branch"  # the part holds a factor for each layer that shares the weight
     DYNAMIC = "dynamic"  # the inputs of its product are rounded to int8 as they come
     TRAINABLE = "trainable"  # its values can take a gradient step
 

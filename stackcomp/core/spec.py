@@ -318,7 +318,8 @@ class WeightSpec:
     """One compressed logical weight: its kind, its matrices and every module path that uses it.
 
     `kind` is what the first path is: `linear` or `embedding` (a tied output head is a second path of an
-    embedding).
+    embedding). branched: the weight is a sum, of a matrix that all paths share and of a product that each has for itself: `coefficients`
+    holds their first factors side by side, `basis` their second ones below each other, in the order of the paths.
     """
 
     id: str
@@ -329,6 +330,7 @@ class WeightSpec:
     matrices: Mapping[str, MatrixSpec]
     transposed: bool = False
     tile: tuple[int, int] | None = None
+    branched: bool = False
 
     @property
     def factored(self) -> bool:
@@ -361,7 +363,8 @@ class WeightSpec:
 
     def parts(self) -> "dict[str, Facts]":
         """The facts of every part."""
-        factor = facts(Fact.FACTOR, Fact.KRONECKER) if self.tile else facts(Fact.FACTOR)
+        more = {Fact.KRONECKER: self.tile, Fact.BRANCH: self.branched}
+        factor = facts(Fact.FACTOR, *(fact for fact, there in more.items() if there))
         return {
             name: matrix.facts if name == "weight" else matrix.facts | factor
             for name, matrix in self.matrices.items()
@@ -369,6 +372,8 @@ class WeightSpec:
 
     def reshaped(self, id_: str, paths: tuple[str, ...], rows: int, cols: int) -> "WeightSpec":
         """The weight under other names, and with another shape where it is whole."""
+        if self.branched:
+            return self._with_branches(id_, paths)
         renamed = replace(self, id=id_, paths=paths, rows=rows, cols=cols)
         same = (rows, cols) == (self.rows, self.cols)
         return (
@@ -376,6 +381,30 @@ class WeightSpec:
             if same
             else renamed.with_matrix("weight", replace(self.matrices["weight"], rows=rows, cols=cols))
         )
+
+    def _with_branches(self, id_: str, paths: tuple[str, ...]) -> "WeightSpec":
+        """A branched weight with a product for each of `paths`; one path needs none beside its matrix."""
+        if len(paths) == 1:
+            whole = {"weight": self.matrices["weight"]}
+            return replace(self, id=id_, paths=paths, matrices=whole, branched=False)
+        basis, coefficients = self.matrices["basis"], self.matrices["coefficients"]
+        atoms = basis.rows // len(self.paths) * len(paths)
+        matrices = {
+            **self.matrices,
+            "basis": replace(basis, rows=atoms),
+            "coefficients": replace(coefficients, cols=atoms),
+        }
+        return replace(self, id=id_, paths=paths, matrices=matrices)
+
+    def as_branched(self, *, rank: int) -> "WeightSpec":
+        """A weight that is whole as the sum of itself and of a product of this rank for each of its paths."""
+        coding, atoms = self.matrices["weight"].coding, rank * len(self.paths)
+        matrices = {
+            **self.matrices,
+            "basis": MatrixSpec(rows=atoms, cols=self.cols, coding=coding),
+            "coefficients": MatrixSpec(rows=self.rows, cols=atoms, coding=coding),
+        }
+        return replace(self, matrices=matrices, branched=True)
 
     def as_product(
         self,
@@ -465,6 +494,7 @@ class WeightSpec:
             "paths": list(self.paths),
             "transposed": self.transposed,
             **({"tile": list(self.tile)} if self.tile else {}),
+            **({"branched": True} if self.branched else {}),
             "matrices": {name: _matrix_to_json(matrix) for name, matrix in self.matrices.items()},
         }
 
@@ -480,6 +510,7 @@ class WeightSpec:
                 paths=tuple(data["paths"]),
                 transposed=data["transposed"],
                 tile=(data["tile"][0], data["tile"][1]) if "tile" in data else None,
+                branched=data.get("branched", False) is True,
                 matrices={name: _matrix_from_json(matrix) for name, matrix in data["matrices"].items()},
             )
         except (KeyError, TypeError, IndexError, SettingError) as error:

@@ -15,6 +15,7 @@ from .products import Product as Product
 from .products import products as products
 from .quantizer import code as code
 from .rounded import RoundedMatrix as RoundedMatrix
+from .surgery import branch as branch
 from .surgery import factorize as factorize
 from .surgery import prune as prune
 from .surgery import quantize as quantize

@@ -5,7 +5,8 @@ Letters: W is `rows` x `cols`, output x input features, also where the layer rep
 S_k D_k; `coefficients` are the S_k side by side (n x blocks*b), `basis` the D_k below each other (blocks*b x
 g). `transposed`: the same of W^T, so n is the input side. A sum is W = M + S D, M the matrix `weight`. Tiled,
 W = sum_k A_k (x) B_k: A_k (p x q) is row k of `coefficients`, B_k (c x d, the `tile`) row k of `basis`, W is pc x qd.
-t is tokens.
+A sum may be branched, in a weight that several layers share: the layer at place i of c has M, which all have, and a product of its own, the
+i-th c-th part of `coefficients` (by columns) and of `basis` (by rows). t is tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -33,6 +34,7 @@ class CompressedLayer(nn.Module, ABC):
         *,
         transposed: bool,
         tile: tuple[int, int] | None,
+        branch: tuple[int, int] | None = None,
         owner: bool,
     ) -> None:
         super().__init__()
@@ -42,8 +44,11 @@ class CompressedLayer(nn.Module, ABC):
             )
         self.transposed = transposed
         self.tile = tile
+        self.branch = branch
         self.owner = owner
-        self._borrowed = {} if owner else dict(matrices)
+        first = {"weight": matrices["weight"]} if "weight" in matrices else {}  # without it, it is computed
+        matrices = first | dict(matrices)
+        self._borrowed = {} if owner else matrices
         if owner:
             for name, matrix in matrices.items():
                 self.add_module(name, matrix)
@@ -109,8 +114,12 @@ class CompressedLayer(nn.Module, ABC):
             return self.matrices["weight"].dense()
         if self.tile:
             return torch.einsum("kpq,kcd->pcqd", *self._sides()).reshape(self.rows, self.cols)
-        coefficients = self.matrices["coefficients"].dense().unflatten(1, (self.blocks, -1))
-        basis = self.matrices["basis"].dense().unflatten(0, (self.blocks, -1))
+        coefficients, basis = self.matrices["coefficients"].dense(), self.matrices["basis"].dense()
+        if self.branch:
+            place, count = self.branch
+            coefficients, basis = coefficients.chunk(count, 1)[place], basis.chunk(count, 0)[place]
+        coefficients = coefficients.unflatten(1, (self.blocks, -1))
+        basis = basis.unflatten(0, (self.blocks, -1))
         product = torch.bmm(coefficients.transpose(0, 1), basis).transpose(0, 1).flatten(1)
         product = product.t() if self.transposed else product
         return product + self.matrices["weight"].dense() if self.summed else product
@@ -128,6 +137,7 @@ class CompressedLayer(nn.Module, ABC):
         elif self.factored:
             form = f", {'transposed ' if self.transposed else ''}factors in {self.blocks} block{'s' * (self.blocks > 1)}"
             form += " beside a matrix" * self.summed
+            form += f", {self.branch[0] + 1} of {self.branch[1]}" if self.branch else ""
         return f"{self.cols} -> {self.rows}{form}{'' if self.owner else ', shared'}"
 
 
@@ -143,9 +153,10 @@ class CompressedLinear(CompressedLayer):
         bias: nn.Parameter | None = None,
         transposed: bool = False,
         tile: tuple[int, int] | None = None,
+        branch: tuple[int, int] | None = None,
         owner: bool = True,
     ) -> None:
-        super().__init__(matrices, transposed=transposed, tile=tile, owner=owner)
+        super().__init__(matrices, transposed=transposed, tile=tile, branch=branch, owner=owner)
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", bias)
@@ -175,8 +186,18 @@ class CompressedLinear(CompressedLayer):
         if self.transposed:
             y = matrices["basis"].combine(matrices["coefficients"].combine(x).to(x.dtype), self.blocks)
         else:
-            y = matrices["coefficients"].project(matrices["basis"].project(x, self.blocks).to(x.dtype))
+            between = self._own(matrices["basis"].project(x, self.blocks).to(x.dtype))
+            y = matrices["coefficients"].project(between)
         return y + matrices["weight"].project(x) if self.summed else y
+
+    def _own(self, between: Float[Tensor, "*t atoms"]) -> Float[Tensor, "*t atoms"]:
+        """What passes between two factors, less what is of other branches."""
+        if self.branch is None:
+            return between
+        place, count = self.branch
+        size = between.shape[-1] // count
+        own = between.narrow(-1, place * size, size)
+        return torch.nn.functional.pad(own, (place * size, (count - 1 - place) * size))
 
     def _tiled(self, x: Tensor) -> Tensor:
         """The sum of A_k X B_k^T, X (q x d) the inputs of a token, in the cheaper order."""
@@ -259,9 +280,9 @@ class CompressedEmbedding(CompressedLayer):
 
 
 def build(
-    spec: WeightSpec, replaced: nn.Module, matrices: Mapping[str, StoredMatrix], *, owner: bool
+    spec: WeightSpec, replaced: nn.Module, matrices: Mapping[str, StoredMatrix], *, place: int, owner: bool
 ) -> CompressedLayer:
-    """The layer for one path of a weight, in the place of `replaced`, whose bias or padding it keeps."""
+    """The layer for the path of a weight at `place`, in the place of `replaced`, whose bias or padding it keeps."""
     if isinstance(replaced, nn.Embedding | CompressedEmbedding):
         layer: CompressedLayer = CompressedEmbedding(
             matrices,
@@ -282,6 +303,7 @@ def build(
             bias=bias,
             transposed=spec.transposed,
             tile=spec.tile,
+            branch=(place, len(spec.paths)) if spec.branched else None,
             owner=owner,
         )
     return layer.train(replaced.training)

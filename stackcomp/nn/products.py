@@ -2,7 +2,7 @@
 
 Letters: x (m) the inputs of the layer, C = E[x x^T]; W = S D block by block, or W^T = S D, as in `nn.layers`. A whole weight is one
 product, a factored one two: z = D x, then S z; or, transposed, z = S^T x, then D^T z. What flows into the second has the moment
-D C D^T, or S^T C S. A sum has the product of a whole weight before these two.
+D C D^T, or S^T C S. A sum has the product of a whole weight before these two; where it is branched, C is that of all layers together.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,4 +72,8 @@ def products(
     yield Product(part="basis", matrix=matrices["basis"], moments=diagonal(moment), on_rows=False)
     passed = torch.block_diag(*matrices["basis"].dense().float().unflatten(0, (spec.blocks, -1)))
     between = (passed @ moment @ passed.T)[None]
+    if spec.branched:  # what one layer passes on never meets what another does
+        count = len(spec.paths)
+        size = len(passed) // count
+        between *= torch.block_diag(*between.new_ones(count, size, size))
     yield Product(part="coefficients", matrix=matrices["coefficients"], moments=between, on_rows=False)

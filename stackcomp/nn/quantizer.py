@@ -277,6 +277,10 @@ def _makes_sense(spec: WeightSpec) -> bool:
     """Whether the matrices of a spec make its weight."""
     if set(spec.matrices) not in FORMS:
         return False
+    if spec.branched and (
+        len(spec.matrices) < 3 or spec.transposed or spec.matrices["basis"].rows % len(spec.paths)
+    ):
+        return False
     whole = spec.matrices.get("weight")
     if whole is not None and (whole.rows, whole.cols) != (spec.rows, spec.cols):
         return False

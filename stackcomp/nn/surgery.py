@@ -119,6 +119,27 @@ def split(
     store_as(model, handle, matrices, transposed=False)
 
 
+def branch(
+    model: "PreTrainedModel",
+    id_: str,
+    products: Sequence[tuple[Float[Tensor, "rows r"], Float[Tensor, "r cols"]]],
+) -> None:
+    """Store a plain W that several layers share as M = W, which they go on sharing, and for the i-th of them S_i D_i, `products[i]`, beside
+    it: that layer then has M + S_i D_i."""
+    handle = weights(model)[id_]
+    (whole,) = handle.matrices.values()
+    sides = {
+        "basis": torch.cat([basis for _, basis in products]),
+        "coefficients": torch.cat([coefficients for coefficients, _ in products], dim=1),
+    }
+    matrices = {"weight": whole} | {
+        part: store(side.to(whole.dtype), Dense()).requires_grad_(handle.requires_grad)
+        for part, side in sides.items()
+    }
+    branched = replace(handle, spec=replace(handle.spec, branched=True))
+    store_as(model, branched, matrices, transposed=False)
+
+
 def sparsify(
     model: "PreTrainedModel",
     id_: str,

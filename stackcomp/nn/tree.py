@@ -152,14 +152,16 @@ def put(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, Store
 
 def _place(model: "PreTrainedModel", spec: WeightSpec, matrices: Mapping[str, StoredMatrix]) -> None:
     """The same, without a look at what `transformers` ties."""
-    names = [name for name in (absolute(model, path) for path in spec.paths) if name is not None]
     layers: dict[int, CompressedLayer] = {}  # by the module replaced: one module under two names stays one
-    for name in names:
+    for place, path in enumerate(spec.paths):
+        name = absolute(model, path)
+        if name is None:
+            continue
         replaced = model.get_submodule(name)
         if any(replaced is layer for layer in layers.values()):
             continue  # its parent is one module under two names
         if id(replaced) not in layers:
-            layers[id(replaced)] = build(spec, replaced, matrices, owner=not layers)
+            layers[id(replaced)] = build(spec, replaced, matrices, place=place, owner=not layers)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layers[id(replaced)])
 
@@ -260,7 +262,7 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
     module = members[id_]
     if isinstance(module, CompressedLayer):
         rows, cols, matrices = module.rows, module.cols, module.specs
-        transposed, tile = module.transposed, module.tile
+        transposed, tile, branched = module.transposed, module.tile, module.branch is not None
     else:
         weight = _parameter(module)
         if weight.dtype not in CODINGS or not weight.is_floating_point():
@@ -269,7 +271,7 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
             )
         rows, cols = _shape(module)
         matrices = {"weight": MatrixSpec(rows=rows, cols=cols, coding=CODINGS[weight.dtype])}
-        transposed, tile = False, None
+        transposed, tile, branched = False, None, False
     return WeightSpec(
         id=id_,
         kind="embedding" if isinstance(module, nn.Embedding | CompressedEmbedding) else "linear",
@@ -279,4 +281,5 @@ def _spec(id_: str, members: Mapping[str, nn.Module]) -> WeightSpec:
         matrices=matrices,
         transposed=transposed,
         tile=tile,
+        branched=branched,
     )

@@ -76,7 +76,6 @@ def _separate(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrained
 
 def _restore(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrainedModel") -> None:
     """Put plain layers in the places of a compressed weight."""
-    weight = handle.dense().to(model.dtype)
     tied: dict[int, nn.Parameter] = {}  # by the parameter of the architecture
     made: dict[int, nn.Module] = {}  # by the module replaced: one module under two names stays one
     for name in (absolute(model, path) for path in handle.spec.paths):
@@ -86,6 +85,7 @@ def _restore(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrainedM
         like: Any = plain.get_submodule(name)
         if id(replaced) not in made and isinstance(replaced, CompressedLayer):
             if id(like.weight) not in tied:
+                weight = replaced.dense().to(model.dtype)  # that of its own branch
                 tied[id(like.weight)] = _copied(weight, handle.requires_grad)
             made[id(replaced)] = _layer(like, replaced, tied[id(like.weight)])
         if id(replaced) in made:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import SettingError
+from stackcomp.core.facts import Fact, facts
 from stackcomp.core.families import Stack, stack_of
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
@@ -68,7 +69,10 @@ class DropLayers(Pass):
 
     @property
     def contract(self) -> Contract:
-        return Contract(needs=frozenset({Need.CALIBRATION}) if self.which == "influence" else frozenset())
+        return Contract(
+            forbids=facts(Fact.BRANCH),
+            needs=frozenset({Need.CALIBRATION}) if self.which == "influence" else frozenset(),
+        )
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
         stack = _stack(plan)

@@ -12,11 +12,16 @@ from stackcomp.core.families import Stack, stack_of
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.settings import one_of, whole
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
+
+WHOLE = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.DENSE)
+SMALLEST = 0.01  # of the largest singular value of a group: what a factor is sized by at least
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -30,8 +35,12 @@ class ShareLayers(Pass):
     others are not: only="*.attention" shares those of attention, as one variant of the paper does. Weights outside the layers
     are passed over.
 
+    delta_rank: the rank r of a product that each layer keeps for itself beside what it shares, W_i = M + L_i R_i, which starts as a
+    truncated SVD of what M lacks of W_i; 0 for none. It costs r (n + m) values for every layer and n x m weight.
+
     What is shared is one weight with several paths: later passes train, factorize or round it once, and select it by any of
-    these paths. The model's family must be in the table of families.
+    these paths. With products beside it, it can be trained, pruned and rounded, the products too, but not factorized, and layers can only
+    be dropped before. The model's family must be in the table of families.
 
     Where we differ from the paper: the model is a trained one rather than one trained so from the start, and biases and norms,
     which are few and tell the layers of a group apart, stay each layer's own.
@@ -39,18 +48,34 @@ class ShareLayers(Pass):
 
     group: int = 2
     start: Literal["first", "mean"] = "first"
+    delta_rank: int = 0
 
-    paper: ClassVar[str] = "Lan et al., ALBERT, arXiv:1909.11942"
+    paper: ClassVar[str] = (
+        "Lan et al., ALBERT, arXiv:1909.11942; delta_rank: Bae et al., Relaxed Recursive Transformers, arXiv:2410.20672"
+    )
     idle: ClassVar[dict[str, Any]] = {"group": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("group", self.group, 1)
         one_of("start", self.start, ("first", "mean"))
+        whole("delta_rank", self.delta_rank, 0)
 
     @property
     def contract(self) -> Contract:
-        return Contract(requires=facts(Fact.FLOAT, Fact.DENSE), forbids=facts(Fact.FACTOR))
+        asked = Contract(requires=facts(Fact.FLOAT, Fact.DENSE), forbids=facts(Fact.FACTOR))
+        if not self._branches:
+            return asked
+        product = dict.fromkeys(("basis", "coefficients"), WHOLE | {Fact.FACTOR, Fact.BRANCH})
+        return replace(asked, becomes=({"weight": WHOLE, **product},), may_leave=True)
+
+    @property
+    def _branches(self) -> bool:
+        """Whether layers keep something for themselves."""
+        return self.group > 1 and self.delta_rank > 0
+
+    def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
+        return (spec.as_branched(rank=self.delta_rank) if self._branches else spec,)
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
         stack = _stack(plan)
@@ -77,6 +102,22 @@ class ShareLayers(Pass):
                     raise SettingError(
                         f"ShareLayers: {first} is {shapes[0]} and {id_} is {shapes[1]}: give skip={id_!r}"
                     )
+            if self._branches:
+                self._examine_rank(found[first], sum(len(found[id_].paths) for id_ in (first, *others)))
+
+    def _examine_rank(self, weight: PlannedWeight, layers: int) -> None:
+        """Refuse products that hold as much as sharing saves."""
+        if weight.kind != "linear":
+            raise SettingError(
+                f"ShareLayers: delta_rank={self.delta_rank} does not go with {weight.id}, an embedding: give skip={weight.id!r}"
+            )
+        saved = (layers - 1) * weight.rows * weight.cols
+        most = (saved - 1) // (layers * (weight.rows + weight.cols))
+        if layers > 1 and self.delta_rank > most:
+            raise SettingError(
+                f"ShareLayers: delta_rank={self.delta_rank} costs {weight.id} as many values as sharing saves: give at most {most}, "
+                f"or skip={weight.id!r}"
+            )
 
     def reshape(self, plan: Plan) -> Plan:
         found = {weight.id: weight for weight in plan.weights}
@@ -95,11 +136,22 @@ class ShareLayers(Pass):
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         import torch
 
-        groups = [ids for ids in self._groups(context.targets) if len(ids) > 1]
+        found = nn.weights(model)
+        groups = [
+            ids
+            for ids in self._groups(context.targets)
+            if len(ids) > 1 or (self._branches and len(found[ids[0]].spec.paths) > 1)
+        ]
         for ids in context.progress(groups, label="sharing", total=len(groups)):
-            weights = nn.weights(model)
-            of = ids if self.start == "mean" else ids[:1]
-            nn.share(model, ids, torch.stack([weights[id_].dense().float() for id_ in of]).mean(0))
+            handles = [nn.weights(model)[id_] for id_ in ids]
+            came = [handle.dense().float().clone() for handle in handles]
+            one = torch.stack(came).mean(0) if self.start == "mean" else came[0]
+            nn.share(model, ids, one)
+            if self._branches:
+                of_layers = [
+                    dense for handle, dense in zip(handles, came, strict=True) for _ in handle.spec.paths
+                ]
+                nn.branch(model, ids[0], _products(torch.stack(of_layers) - one, self.delta_rank))
         return {"shared": {ids[0]: len(ids) for ids in groups}}
 
     def _groups(self, ids: Collection[str]) -> list[list[str]]:
@@ -112,6 +164,18 @@ class ShareLayers(Pass):
             assert place is not None
             groups.setdefault((place[0] // self.group, place[1]), []).append(id_)
         return list(groups.values())
+
+
+def _products(left: "torch.Tensor", rank: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    """For what the shared weight leaves of each layer's (c x n x m) the best product of this rank, both factors of about the same size.
+    Where it leaves nothing, the first factor is zero and the second is not, so that both can learn."""
+    import torch
+
+    u, sigma, v = torch.linalg.svd(left, full_matrices=False)
+    u, sigma, v = u[..., :rank], sigma[:, :rank], v[:, :rank]
+    size = sigma.clamp(min=SMALLEST * float(sigma.max())).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    return [*zip(u * (sigma / size)[:, None], size[..., None] * v, strict=True)]
 
 
 def _stack(plan: Plan) -> Stack:

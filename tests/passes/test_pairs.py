@@ -22,14 +22,17 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+VARIANTS = {"ShareLayers, delta_rank": sc.ShareLayers(group=2, delta_rank=2)}  # which leave other facts
+
+
 @pytest.mark.parametrize("second", sorted(PASSES))
-@pytest.mark.parametrize("first", sorted(PASSES))
+@pytest.mark.parametrize("first", sorted(PASSES | VARIANTS))
 def test_pair(first, second, tmp_path, cache):
     model, tokenizer = (
         toys.classifier("bert", num_hidden_layers=3),
         toys.tokenizer(),
     )  # of which DropLayers leaves two
-    pipeline = sc.Pipeline(PASSES[first], PASSES[second])
+    pipeline = sc.Pipeline((PASSES | VARIANTS)[first], PASSES[second])
     if not legal(pipeline.flat(), plan_of(model)):
         with pytest.raises(PipelineRefused):
             manager(tmp_path / "out", tokenizer).run(model, pipeline)

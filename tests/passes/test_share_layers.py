@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import checkpoint, data, nn, training
+from stackcomp import checkpoint, data, nn, size, training
 from stackcomp.core import headers
 from stackcomp.core.contract import predict
 from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingError
@@ -246,10 +246,137 @@ def test_training_moves_every_use_of_a_shared_weight(tokenizer, tmp_path):
     assert (logits(model.eval(), tokenizer) - wanted).norm() < before
 
 
+DELTAS = sc.ShareLayers(group=2, delta_rank=3)
+
+
+@pytest.mark.parametrize("family", toys.FAMILIES)
+def test_layers_keep_the_best_product_beside_what_they_share(family, tokenizer, tmp_path):
+    model = deep(family)
+    before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
+    predicted = predict((DELTAS,), plan_of(model))[-1]
+    expected = size_of(DELTAS, model)
+    apply(DELTAS, model, tokenizer, tmp_path)
+    assert shared(model)
+    for weight in found(predicted).weights:
+        assert plan_of(model)[weight.id].forms <= weight.forms
+    for id_, handle in shared(model).items():
+        one, other = handle.spec.paths
+        assert handle.spec.branched
+        assert torch.allclose(handle.modules[0].dense(), before[one], atol=1e-5)
+        left = torch.linalg.svdvals(handle.modules[1].dense().detach() - before[other])
+        wanted = torch.linalg.svdvals(before[id_] - before[other])[3:]
+        assert torch.allclose(left[: len(wanted)], wanted, atol=1e-4)
+        assert float(left[len(wanted) :].abs().max()) < 1e-4
+    checkpoint.save(model, tmp_path / "one")
+    again = checkpoint.load(tmp_path / "one")
+    assert plan_of(again) == plan_of(model)
+    assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
+    assert (tmp_path / "one" / "model.safetensors").stat().st_size == expected
+    checkpoint.save(again, tmp_path / "two")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    plain = sc.unpack(again)
+    assert torch.allclose(logits(plain, tokenizer), logits(model, tokenizer), atol=1e-4)
+    assert not shared(plain)
+
+
+def size_of(pipeline, model):
+    """The predicted bytes of the file, which must be exact."""
+    (*_, last) = size.sizes(pipeline, model)
+    assert not last.reasons
+    return last.size_bytes
+
+
+def test_a_layer_computes_with_its_own_product_alone(tokenizer, tmp_path):
+    model = deep()
+    apply(DELTAS, model, tokenizer, tmp_path)
+    (handle, *_) = shared(model).values()
+    x = torch.randn(2, 5, handle.spec.cols)
+    for tokens in (x, torch.cat([x] * 30)):  # through the factors, and with W composed first
+        for module in handle.modules:
+            wanted = torch.nn.functional.linear(tokens, module.dense(), module.bias)
+            torch.testing.assert_close(module(tokens), wanted, atol=1e-5, rtol=1e-4)
+    one, other = (module.dense().detach() for module in handle.modules)
+    assert float((one - other).norm()) > 0.1 * float(one.norm())
+    handle.modules[1](x).sum().backward()
+    grads = handle.modules[0].matrices["coefficients"].values.grad.chunk(2, 1)
+    assert not grads[0].any()
+    assert grads[1].any()
+
+
+@pytest.mark.parametrize("start", ["first", "mean"])
+def test_all_products_learn_even_those_that_start_at_nothing(start, tokenizer, tmp_path):
+    model = deep()
+    apply(replace(DELTAS, start=start), model, tokenizer, tmp_path)
+    before = {
+        id_: [module.dense().clone() - module.matrices["weight"].dense() for module in handle.modules]
+        for id_, handle in shared(model).items()
+    }
+    distill = sc.Distill(epochs=8, learning_rate=3e-3, batch_size=8, only=BLOCKS)
+    apply_alone(distill, model, deep(), tokenizer, tmp_path, None)
+    for id_, handle in shared(model).items():
+        for was, module in zip(before[id_], handle.modules, strict=True):
+            assert not torch.equal(module.dense() - module.matrices["weight"].dense(), was)
+
+
+def test_products_beside_a_shared_weight_bring_layers_nearer_and_cost_what_is_said(tokenizer, tmp_path):
+    errors = []
+    for rank in (0, 1, 3):
+        model = deep()
+        before = {id_: handle.dense().clone() for id_, handle in nn.weights(model).items()}
+        apply(replace(DELTAS, delta_rank=rank), model, tokenizer, tmp_path)
+        (handle, *_) = shared(model).values()
+        rows, cols, other = handle.spec.rows, handle.spec.cols, handle.spec.paths[1]
+        assert handle.spec.total_bytes == 4 * (rows * cols + 2 * rank * (rows + cols))
+        now = handle.modules[1].dense() if rank else handle.dense()
+        errors.append(float((now.detach() - before[other]).norm()))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_the_last_smaller_group_and_weights_that_are_shared_already(tokenizer, tmp_path):
+    model, steps = deep(depth=5), (sc.ShareLayers(group=2, only="*.query"), replace(DELTAS, only="*.query"))
+    expected = size_of(sc.Pipeline(*steps), model)
+    result = manager(tmp_path / "out", tokenizer).run(model, sc.Pipeline(*steps))
+    forms = {id_: handle.spec for id_, handle in nn.weights(result.model).items() if id_.endswith(QUERY)}
+    assert [spec.branched for spec in forms.values()] == [True, True, False]
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == expected
+
+
+def test_second_moments_between_factors_are_those_of_one_layer_at_a_time(tokenizer, tmp_path):
+    model = deep()
+    apply(DELTAS, model, tokenizer, tmp_path)
+    (handle, *_) = shared(model).values()
+    *_, last = nn.products(handle.spec, handle.matrices, torch.eye(handle.spec.cols))
+    (moment,) = last.moments
+    assert moment[:3, :3].any()
+    assert not moment[:3, 3:].any()
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        sc.GPTQ(bits=4, only=BLOCKS),
+        sc.Int8Dynamic(only=BLOCKS),
+        sc.MagnitudePrune(only=BLOCKS),
+        sc.Pipeline(sc.QuantizationAware(**TRAINED, only=BLOCKS), sc.EntropyCode()),
+    ],
+    ids=lambda item: item.flat()[0].name,
+)
+def test_later_passes_reach_all_parts_of_a_branched_weight(later, tokenizer, tmp_path):
+    model = deep()
+    pipeline = sc.Pipeline(DELTAS, *later.flat())
+    rows = manager(tmp_path / "out", tokenizer).run(model, pipeline).ledger.rows
+    assert rows[2].layer_bytes < 0.7 * rows[1].layer_bytes < 0.7 * rows[0].layer_bytes
+    again = checkpoint.load(tmp_path / "out")
+    assert all(handle.spec.branched for handle in shared(again).values())
+    assert torch.isfinite(logits(again, tokenizer)).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"group": 0}, "group=0"),
+        ({"delta_rank": -1}, "delta_rank=-1"),
         ({"start": "last"}, "start='last'"),
     ],
 )
@@ -263,6 +390,10 @@ def test_what_does_not_fit_the_model_is_refused_before_any_compute(model):
         sc.check(sc.ShareLayers(group=3), model)
     with pytest.raises(NothingToCompress, match="widen only="):
         sc.check(sc.ShareLayers(only="encoder.layer.1"), model)
+    with pytest.raises(SettingError, match=r"delta_rank=9 costs encoder.* saves: give at most \d, or skip="):
+        sc.check(sc.ShareLayers(delta_rank=9), model)
+    with pytest.raises(PipelineRefused, match=r"a legal order: DropLayers.* -> ShareLayers"):
+        sc.check(sc.Pipeline(sc.ShareLayers(delta_rank=1), sc.DropLayers(keep=2)), deep())
     with pytest.raises(PipelineRefused, match="a legal order: ShareLayers"):
         sc.check(sc.Pipeline(sc.Int8Weights(), sc.ShareLayers()), model)
     plan = plan_of(model)
