@@ -510,13 +510,20 @@ class WeightSpec:
                 paths=tuple(data["paths"]),
                 transposed=data["transposed"],
                 tile=(data["tile"][0], data["tile"][1]) if "tile" in data else None,
-                branched=data.get("branched", False) is True,
+                branched=_flag(data.get("branched", False)),
                 matrices={name: _matrix_from_json(matrix) for name, matrix in data["matrices"].items()},
             )
         except (KeyError, TypeError, IndexError, SettingError) as error:
             raise CheckpointError(
                 f"{id_}: its description in config.json is damaged ({error!r}); save it again"
             ) from error
+
+
+def _flag(value: Any) -> bool:
+    """A JSON truth value; raises TypeError for anything that is only taken for one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _matrix_to_json(matrix: MatrixSpec) -> dict[str, Any]:

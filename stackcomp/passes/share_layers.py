@@ -13,6 +13,7 @@ from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.settings import one_of, whole
 from stackcomp.core.spec import WeightSpec
+from stackcomp.layerwise import FACTOR
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from stackcomp.core.context import Context
 
-WHOLE = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.DENSE)
+BRANCH = FACTOR | {Fact.BRANCH}  # a part of what layers keep for themselves
 SMALLEST = 0.01  # of the largest singular value of a group: what a factor is sized by at least
 
 
@@ -66,8 +67,8 @@ class ShareLayers(Pass):
         asked = Contract(requires=facts(Fact.FLOAT, Fact.DENSE), forbids=facts(Fact.FACTOR))
         if not self._branches:
             return asked
-        product = dict.fromkeys(("basis", "coefficients"), WHOLE | {Fact.FACTOR, Fact.BRANCH})
-        return replace(asked, becomes=({"weight": WHOLE, **product},), may_leave=True)
+        form = {"weight": FACTOR - {Fact.FACTOR}, "basis": BRANCH, "coefficients": BRANCH}
+        return replace(asked, becomes=(form,), may_leave=True)
 
     @property
     def _branches(self) -> bool:
