@@ -232,7 +232,7 @@ def test_a_newer_format_is_refused(saved):
         lambda ours: a_sum(ours)["basis"].update(cols=17),
         lambda ours: a_sum(ours)["coefficients"].update(cols=17),
         lambda ours: ours["weights"]["classifier"].update(branched=True),
-        lambda ours: ours["weights"]["classifier"].update(branched="no"),
+        lambda ours: ours["weights"]["classifier"].update(branched=0),
         lambda ours: a_tiled(ours).update(tile=[2, 4]),
         lambda ours: a_tiled(ours).update(tile=[-1, -4]),
         lambda ours: a_tiled(ours).update(tile=[4]),

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from stackcomp.core.context import Context
 
 BRANCH = FACTOR | {Fact.BRANCH}  # a part of what layers keep for themselves
-SMALLEST = 0.01  # of the largest singular value of a group: what a factor is sized by at least
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -174,8 +173,7 @@ def _products(left: "torch.Tensor", rank: int) -> "list[tuple[torch.Tensor, torc
 
     u, sigma, v = torch.linalg.svd(left, full_matrices=False)
     u, sigma, v = u[..., :rank], sigma[:, :rank], v[:, :rank]
-    size = sigma.clamp(min=SMALLEST * float(sigma.max())).sqrt()
-    size = torch.where(size > 0, size, 1.0)
+    size = torch.where(sigma > 0, sigma.sqrt(), 1.0)
     return [*zip(u * (sigma / size)[:, None], size[..., None] * v, strict=True)]
 
 
