@@ -13,9 +13,10 @@ from typing import Any
 from stackcomp.core import coding
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.families import FAMILIES, Family, head_features, ties_heads, word_embedding
+from stackcomp.core.matrices import Coding, MatrixSpec
 from stackcomp.core.plan import Plan
 from stackcomp.core.selection import nearest
-from stackcomp.core.spec import Coding, MatrixSpec, WeightSpec
+from stackcomp.core.spec import WeightSpec
 
 CODINGS: dict[str, Coding] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER_BYTES = 100_000_000

@@ -6,7 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, cast
 
 from stackcomp.core.errors import SettingError
-from stackcomp.core.spec import ROUNDED, Coding
+from stackcomp.core.matrices import ROUNDED, Coding
 
 if TYPE_CHECKING:
     from stackcomp.core.plan import PlannedWeight

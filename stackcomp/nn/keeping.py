@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.families import attention_of, between, feed_forward_of, head_features
-from stackcomp.core.spec import Dense
+from stackcomp.core.matrices import Dense
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.matrix import store, take_rows
 from stackcomp.nn.quantizer import attach

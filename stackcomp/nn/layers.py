@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stackcomp.core.spec import FORMS, MatrixSpec, WeightSpec
+from stackcomp.core.matrices import MatrixSpec
+from stackcomp.core.spec import FORMS, WeightSpec
 from stackcomp.nn.matrix import StoredMatrix
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackcomp.core.errors import SettingError, UnsupportedModel
-from stackcomp.core.spec import Coding, Dense, Fixed, Free, Layout, MatrixSpec
+from stackcomp.core.matrices import Coding, Dense, Fixed, Free, Layout, MatrixSpec
 from stackcomp.ops import clusters, low_bit, quantize, supports
 
 DTYPES: dict[str, torch.dtype] = {

@@ -30,8 +30,9 @@ from stackcomp.core import coding, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.families import attention_of, between
 from stackcomp.core.headers import read_header
+from stackcomp.core.matrices import Coding, MatrixSpec
 from stackcomp.core.settings import whole
-from stackcomp.core.spec import FORMS, Coding, MatrixSpec, WeightSpec
+from stackcomp.core.spec import FORMS, WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
 from stackcomp.nn.tree import absolute, align, install, relative, weights

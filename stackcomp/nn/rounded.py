@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from stackcomp.core.spec import MatrixSpec
+from stackcomp.core.matrices import MatrixSpec
 from stackcomp.nn.matrix import DTYPES, StoredMatrix
 from stackcomp.nn.products import Product
 from stackcomp.ops import low_bit, quantize, second_order

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from stackcomp.core.matrices import CODEBOOKS, Coding, Dense, Fixed, Free
 from stackcomp.core.settings import one_of
-from stackcomp.core.spec import CODEBOOKS, Coding, Dense, Fixed, Free
 from stackcomp.nn.matrix import StoredMatrix, encoded, store
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import BadWeights, CheckpointError, UnsupportedModel
-from stackcomp.core.spec import Dense, MatrixSpec, WeightSpec
+from stackcomp.core.matrices import Dense, MatrixSpec
+from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, build
 from stackcomp.nn.matrix import CODINGS, StoredMatrix, store
 

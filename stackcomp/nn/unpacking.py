@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stackcomp.core.spec import Dense, WeightSpec
+from stackcomp.core.matrices import Dense
+from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import store
 from stackcomp.nn.quantizer import compressed, detach

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stackcomp.core.errors import UnreachableRatio
-from stackcomp.core.spec import Fixed
+from stackcomp.core.matrices import Fixed
 
 RELATIVE_GAP = 1e-5  # how far from the optimum the solver may stop: below the noise of the errors themselves
 

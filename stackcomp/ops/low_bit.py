@@ -38,8 +38,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from stackcomp.core.matrices import TRITS, VALUE_BITS, Coding, packed_bytes
 from stackcomp.core.settings import one_of, whole
-from stackcomp.core.spec import TRITS, VALUE_BITS, Coding, packed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from stackcomp.core.spec import Coding
+from stackcomp.core.matrices import Coding
 from stackcomp.ops.low_bit import GRIDS
 from stackcomp.ops.masks import highest, highest_in_groups
 from stackcomp.ops.whiten import whitener

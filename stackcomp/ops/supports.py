@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from stackcomp.core.errors import CheckpointError
-from stackcomp.core.spec import Fixed, word_bits
+from stackcomp.core.matrices import Fixed, word_bits
 
 LIMB_BITS = 30  # a limb plus a carry, and the sum of 2^33 limbs, fit a signed 64-bit integer
 GUESS_SLACK = 1e-12  # far above the relative rounding error of a rank as a double, far below the gap between table entries

@@ -7,9 +7,10 @@ from stackcomp import nn
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.matrices import CODEBOOKS
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.settings import one_of, whole
-from stackcomp.core.spec import CODEBOOKS, WeightSpec
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

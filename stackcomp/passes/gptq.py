@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.matrices import ROUNDED
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, rounding, whole, within
-from stackcomp.core.spec import ROUNDED, WeightSpec
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

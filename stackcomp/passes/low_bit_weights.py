@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 from stackcomp import nn
 from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.matrices import ROUNDED
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.settings import one_of, whole
-from stackcomp.core.spec import ROUNDED, WeightSpec
+from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

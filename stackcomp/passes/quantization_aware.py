@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 from stackcomp import training
 from stackcomp.core.contract import Contract
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.matrices import ROUNDED
 from stackcomp.core.passes import Findings
 from stackcomp.core.settings import rounding, whole
-from stackcomp.core.spec import ROUNDED, WeightSpec
+from stackcomp.core.spec import WeightSpec
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.ledger import LEFT_DENSE
+from stackcomp.core.matrices import Free
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import have_inputs, whole, within
-from stackcomp.core.spec import Free, WeightSpec
+from stackcomp.core.spec import WeightSpec
 from stackcomp.layerwise import FACTOR
 
 if TYPE_CHECKING:

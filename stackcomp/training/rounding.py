@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from stackcomp.core.spec import Coding
+from stackcomp.core.matrices import Coding
 from stackcomp.nn import RoundedMatrix, round_in_training, settle
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stackcomp.core.spec import Dense, Fixed, WeightSpec
+from stackcomp.core.matrices import Dense, Fixed
+from stackcomp.core.spec import WeightSpec
 from stackcomp.nn import CompressedLinear, WeightHandle, factorize, weights
 from stackcomp.nn.tree import absolute
 from stackcomp.ops import DenseSparseFactors, Factorizer, Whitener

@@ -7,10 +7,11 @@ import pytest
 from stackcomp.core.contract import Contract, legal, legal_order, predict, verify
 from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused
 from stackcomp.core.facts import Fact, facts
+from stackcomp.core.matrices import MatrixSpec
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan, form
-from stackcomp.core.spec import MatrixSpec, WeightSpec
+from stackcomp.core.spec import WeightSpec
 
 
 class Quiet(Pass):

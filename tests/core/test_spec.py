@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stackcomp.core.errors import CheckpointError, SettingError
 from stackcomp.core.facts import Fact
-from stackcomp.core.spec import CODEBOOKS, Dense, Fixed, Free, MatrixSpec, WeightSpec, word_bits
+from stackcomp.core.matrices import CODEBOOKS, Dense, Fixed, Free, MatrixSpec, word_bits
+from stackcomp.core.spec import WeightSpec
 
 
 @given(st.integers(1, 64), st.data())

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from stackcomp.core.spec import Coding
+from stackcomp.core.matrices import Coding
 from stackcomp.nn.matrix import CODINGS, StoredMatrix, encoded
 
 

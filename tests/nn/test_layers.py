@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stackcomp.core.spec import Dense, Fixed, Free
+from stackcomp.core.matrices import Dense, Fixed, Free
 from stackcomp.nn import CompressedEmbedding, CompressedLinear
 from stackcomp.nn.matrix import store
 from tests.nn.rounding import to_int8

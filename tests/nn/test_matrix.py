@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stackcomp.core.spec import CODEBOOKS, Dense, Fixed, Free, MatrixSpec
+from stackcomp.core.matrices import CODEBOOKS, Dense, Fixed, Free, MatrixSpec
 from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store
 from stackcomp.ops import cluster, round_groups
 from tests.nn.rounding import to_int8, to_low_bit

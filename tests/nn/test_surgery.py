@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 from stackcomp import nn as snn
 from stackcomp.core.errors import BadWeights, SettingError, UnsupportedModel
-from stackcomp.core.spec import Dense, Fixed, Free
+from stackcomp.core.matrices import Dense, Fixed, Free
 from stackcomp.ops import round_groups
 from tests import toys
 

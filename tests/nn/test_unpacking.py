@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import stackcomp as sc
 from stackcomp import checkpoint, nn
-from stackcomp.core.spec import Dense
+from stackcomp.core.matrices import Dense
 from stackcomp.nn.quantizer import compressed
 from stackcomp.passes import registered
 from tests import toys

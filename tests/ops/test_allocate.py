@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import UnreachableRatio
-from stackcomp.core.spec import Fixed
+from stackcomp.core.matrices import Fixed
 from stackcomp.ops.allocate import (
     Candidate,
     allocate,

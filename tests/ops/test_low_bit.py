@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import SettingError
-from stackcomp.core.spec import CODEBOOKS, VALUE_BITS, packed_bytes
+from stackcomp.core.matrices import CODEBOOKS, VALUE_BITS, packed_bytes
 from stackcomp.ops import dequantize_groups, low_bit, pack, quantize_groups, round_groups, unpack
 
 LEVELS = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import CheckpointError
-from stackcomp.core.spec import Fixed, Free
+from stackcomp.core.matrices import Fixed, Free
 from stackcomp.ops import pack_fixed, pack_free, unpack_fixed, unpack_free
 
 

@@ -7,7 +7,7 @@ import torch
 import stackcomp as sc
 from stackcomp import checkpoint, nn
 from stackcomp.core.families import FAMILIES
-from stackcomp.core.spec import packed_bytes
+from stackcomp.core.matrices import packed_bytes
 from stackcomp.metrics.cost import bytes_of_file
 from stackcomp.ops import low_bit
 from tests import toys

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import stackcomp as sc
 from stackcomp import checkpoint, nn
 from stackcomp.core.errors import PipelineRefused, SettingError, UnreachableRatio, UnsupportedModel
-from stackcomp.core.spec import MatrixSpec, WeightSpec
+from stackcomp.core.matrices import MatrixSpec
+from stackcomp.core.spec import WeightSpec
 from tests import toys
 from tests.passes.test_conformance import apply, manager
 

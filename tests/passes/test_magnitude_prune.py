@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import stackcomp as sc
 from stackcomp import checkpoint, nn, ops
 from stackcomp.core.errors import SettingError
-from stackcomp.core.spec import Free, MatrixSpec
+from stackcomp.core.matrices import Free, MatrixSpec
 from stackcomp.nn.matrix import encode
 from tests import toys
 from tests.passes.test_conformance import apply

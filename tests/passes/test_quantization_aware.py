@@ -13,7 +13,7 @@ from stackcomp import checkpoint, nn, training
 from stackcomp.core.context import Context, quiet
 from stackcomp.core.contract import legal
 from stackcomp.core.errors import PipelineRefused, SettingError
-from stackcomp.core.spec import ROUNDED
+from stackcomp.core.matrices import ROUNDED
 from stackcomp.manager import plan_of
 from tests import toys
 from tests.nn.rounding import to_int8
