@@ -16,8 +16,8 @@ from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.families import attention_of, between, feed_forward_of, head_features
 from stackcomp.core.matrices import Dense
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
-from stackcomp.nn.matrix import store, take_rows
 from stackcomp.nn.quantizer import attach
+from stackcomp.nn.storing import store, take_rows
 from stackcomp.nn.surgery import store_as
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
 

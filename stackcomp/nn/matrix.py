@@ -13,8 +13,7 @@ rounded to their `scale_coding` wherever they are read: by a product, and by the
 """
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,9 +21,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackcomp.core.errors import SettingError, UnsupportedModel
-from stackcomp.core.matrices import Coding, Dense, Fixed, Free, Layout, MatrixSpec
-from stackcomp.ops import clusters, low_bit, quantize, supports
+from stackcomp.core.errors import UnsupportedModel
+from stackcomp.core.matrices import Coding, Dense, Fixed, MatrixSpec
+from stackcomp.nn.support import Support
+from stackcomp.ops import clusters, low_bit, quantize
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -57,7 +57,7 @@ class StoredMatrix(nn.Module):
     ) -> None:
         super().__init__()
         self._form = spec
-        self._cached: _Support | None = None
+        self._cached: Support | None = None
         values = torch.empty(
             spec.values_shape, dtype=torch.uint8 if spec.packed else DTYPES[spec.coding], device=device
         )
@@ -320,7 +320,7 @@ class StoredMatrix(nn.Module):
         return sums.t().reshape(*x.shape[:-1], -1)
 
     @property
-    def _support(self) -> "_Support":
+    def _support(self) -> Support:
         """The decoded support; decoded anew whenever another tensor, or another content, took its place."""
         packed = self.support
         assert packed is not None
@@ -332,170 +332,5 @@ class StoredMatrix(nn.Module):
             or cached.version is None
             or cached.version != version
         ):
-            cached = self._cached = _Support(packed, version, self._form)
+            cached = self._cached = Support(packed, version, self._form)
         return cached
-
-
-@dataclass
-class _Support:
-    """Where the stored values stand. `packed` and `version` tell what it was decoded from."""
-
-    packed: Tensor
-    version: int | None
-    form: MatrixSpec
-
-    @cached_property
-    def flat(self) -> Int64[Tensor, " nonzeros"]:
-        """Position of every value in the row-major matrix."""
-        return decode(self.packed, self.form.layout, self.form.rows, self.form.cols)
-
-    @cached_property
-    def rows(self) -> Int64[Tensor, " nonzeros"]:
-        """Row of every value."""
-        return self.flat // self.form.cols
-
-    @cached_property
-    def cols(self) -> Int64[Tensor, " nonzeros"]:
-        """Column of every value."""
-        return self.flat % self.form.cols
-
-    @cached_property
-    def by_row(self) -> tuple[Tensor, Tensor, None]:
-        """Columns of the values row after row, and where each row starts."""
-        return self.cols.int(), _starts(self.rows, self.form.rows), None
-
-    @cached_property
-    def by_column(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the values column after column, where each column starts, and the order that sorts the
-        values so.
-        """
-        order = self.cols.argsort(stable=True)
-        return self.rows[order].int(), _starts(self.cols[order], self.form.cols), order
-
-    def of_rows(self, ids: Int64[Tensor, "*t"]) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-        """Of the stored values in the rows `ids`: their places in these rows put together, and which they are."""
-        columns, starts, _ = self.by_row
-        wanted = ids.flatten()
-        first = starts[wanted].long()
-        lengths = starts[wanted + 1].long() - first
-        row = torch.repeat_interleave(torch.arange(len(wanted), device=ids.device), lengths)
-        before = lengths.cumsum(0) - lengths
-        entries = torch.arange(len(row), device=ids.device) + (first - before)[row]
-        return row * self.form.cols + columns[entries].long(), entries
-
-
-def _starts(sorted_places: Tensor, count: int) -> Tensor:
-    edges = torch.arange(count + 1, device=sorted_places.device)
-    return torch.searchsorted(sorted_places.contiguous(), edges).int()
-
-
-def decode(packed: Tensor, layout: Layout, rows: int, cols: int) -> Int64[Tensor, " nonzeros"]:
-    """Row-major positions of the entries that a packed support holds, ascending."""
-    if isinstance(layout, Fixed):
-        blocks = cols // layout.block
-        picked = supports.unpack_fixed(packed, layout, rows, blocks).view(rows * blocks, -1)
-        return (picked + layout.block * torch.arange(rows * blocks, device=packed.device)[:, None]).flatten()
-    assert not isinstance(layout, Dense)
-    down, across = layout.block
-    mask = supports.unpack_free(packed, layout.nonzeros // layout.area, rows // down, cols // across)
-    mask = mask.repeat_interleave(down, 0).repeat_interleave(across, 1)
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def store(
-    matrix: Float[Tensor, "rows cols"], layout: Layout, mask: Bool[Tensor, "rows cols"] | None = None
-) -> StoredMatrix:
-    """A copy of `matrix`, in floating point, with this layout; of it the entries of `mask`, where it is
-    given.
-    """
-    rows, cols = matrix.shape
-    stored = StoredMatrix(
-        MatrixSpec(rows=rows, cols=cols, layout=layout, coding=CODINGS[matrix.dtype]), device=matrix.device
-    )
-    with torch.no_grad():
-        if mask is None:
-            stored.values.copy_(matrix.reshape(stored.values.shape))
-            return stored
-        packed = None if isinstance(layout, Dense) else encode(layout, mask)
-        stored.values.copy_(matrix[mask].reshape(stored.values.shape))
-        if stored.support is not None and packed is not None:
-            stored.support.copy_(packed)
-    return stored
-
-
-def encode(layout: Layout, mask: Bool[Tensor, "rows cols"]) -> Tensor:
-    """The packed support of `mask`. Raises ValueError when a block of a `Fixed` layout does not keep its
-    number of entries, and one of a `Free` layout some of its entries only.
-    """
-    if isinstance(layout, Free):
-        down, across = layout.block
-        first = mask[::down, ::across]
-        if (first.repeat_interleave(down, 0).repeat_interleave(across, 1) != mask).any():
-            raise ValueError(f"blocks of {down} x {across} must be kept whole")
-        return supports.pack_free(first)
-    assert isinstance(layout, Fixed)
-    grouped = mask.unflatten(1, (-1, layout.block))
-    if (grouped.sum(-1) != layout.nonzeros).any():
-        raise ValueError(f"every block of {layout.block} columns must keep {layout.nonzeros} entries")
-    columns = grouped.nonzero()[:, 2]
-    return supports.pack_fixed(columns.view(*grouped.shape[:2], layout.nonzeros), layout.block)
-
-
-def encoded(matrix: StoredMatrix, form: MatrixSpec) -> StoredMatrix:
-    """The same matrix, in floating point until now, with its stored values as the codes of `form`, which has its layout."""
-    stored = StoredMatrix(form, device=matrix.device, dtype=matrix.dtype)
-    with torch.no_grad():
-        assert stored.scales is not None
-        values, scales = _packed(matrix, form) if form.packed else _int8(matrix, form)
-        stored.values.copy_(values.reshape(stored.values.shape))
-        stored.scales.copy_(scales.flatten())
-    if matrix.support is not None:
-        assert stored.support is not None
-        stored.support.copy_(matrix.support)
-    trains = any(parameter.requires_grad for parameter in matrix.parameters())
-    stored.scales.requires_grad_(trains)
-    return stored
-
-
-def _int8(matrix: StoredMatrix, form: MatrixSpec) -> tuple[Tensor, Tensor]:
-    """The stored values as integers, and the scales of rows or columns."""
-    whole = matrix.dense()
-    turned = whole if form.scale_axis == 0 else whole.t()
-    integers, scales = quantize.quantize_rows(turned, DTYPES[form.scale_coding])
-    integers = integers if form.scale_axis == 0 else integers.t()
-    return integers if matrix.support is None else integers[matrix.mask()], scales
-
-
-def _packed(matrix: StoredMatrix, form: MatrixSpec) -> tuple[Tensor, Tensor]:
-    """The stored values as packed codes, and the scales of groups or the shared values."""
-    dtype = DTYPES[form.scale_coding]
-    if form.clustered:
-        lines = matrix.values.view(form.books, -1)
-        codes, scales = clusters.cluster(lines, int(form.bits), level_dtype=dtype)
-    else:
-        assert form.group is not None
-        lines = matrix.values.view(form.lines)
-        codes, scales = low_bit.quantize_groups(lines, form.coding, form.group, scale_dtype=dtype)
-    return low_bit.pack(codes.flatten(), form.coding), scales
-
-
-def take_rows(matrix: StoredMatrix, rows: Int64[Tensor, " n"]) -> StoredMatrix:
-    """The matrix of these rows of a dense one, as they are stored. Raises SettingError where entries are missing: rows of such a
-    matrix may share a scale."""
-    form = matrix.spec
-    if not isinstance(form.layout, Dense):
-        raise SettingError(
-            f"rows of a matrix that is {form.layout.kind} cannot be taken: take them while it is dense"
-        )
-    taken = StoredMatrix(replace(form, rows=len(rows)), device=matrix.device, dtype=matrix.dtype)
-    with torch.no_grad():
-        if form.packed:
-            codes = low_bit.unpack(matrix.values, form.coding, form.count).view(form.lines)[rows]
-            taken.values.copy_(low_bit.pack(codes.flatten(), form.coding))
-        else:
-            taken.values.copy_(matrix.values[rows])
-        if matrix.scales is not None and taken.scales is not None:
-            apart = form.group is not None if form.packed else form.scale_axis == 0
-            scales = matrix.scales.view(form.rows, -1)[rows].flatten() if apart else matrix.scales
-            taken.scales.copy_(scales)
-    return taken.requires_grad_(any(parameter.requires_grad for parameter in matrix.parameters()))

@@ -6,9 +6,8 @@ read, and the files are checked against them: a tensor that is missing, unexpect
 refused, as `transformers` would fill it with random numbers.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -33,16 +32,16 @@ from stackcomp.core.headers import read_header
 from stackcomp.core.matrices import Coding, MatrixSpec
 from stackcomp.core.settings import whole
 from stackcomp.core.spec import FORMS, WeightSpec
+from stackcomp.nn import names
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
-from stackcomp.nn.tree import absolute, align, install, relative, weights
+from stackcomp.nn.tree import align, install, relative, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "stackcomp"
 FORMAT = 1
-MAX_NAMED = 3  # tensors named in a message
 _DTYPE_NAMES = {  # as safetensors write them, of the tensors that may be coded
     torch.float64: "F64",
     torch.int64: "I64",
@@ -113,7 +112,9 @@ class StackcompConfig(QuantizationConfigMixin):
         return cls(
             weights={spec.id: spec.to_json() for spec in specs},
             dtype=CODINGS[stored[0]],
-            shared={relative(model, name): relative(model, first) for name, first in _shared(model).items()},
+            shared={
+                relative(model, name): relative(model, first) for name, first in names.shared(model).items()
+            },
             coded=ours and known.coded,
             heads=known.heads if ours else None,
         )
@@ -147,9 +148,11 @@ class StackcompQuantizer(HfQuantizer):
         if config.heads is not None:
             _narrow(model, config.heads)
         install(model, [_cast(spec, config.dtype, CODINGS[model.dtype]) for spec in config.specs()])
-        self._omission = model.register_state_dict_post_hook(_Omit(frozenset(_pairs(model, config.shared))))
+        self._omission = model.register_state_dict_post_hook(
+            names.Omit(frozenset(names.pairs(model, config.shared)))
+        )
         if files:
-            _check_names(model, files)
+            names.check_names(model, files)
         if config.coded and checkpoint_files:
             folder = Path(mkdtemp())
             self._expanded = finalize(self, rmtree, folder, ignore_errors=True)  # also where the load fails
@@ -160,7 +163,7 @@ class StackcompQuantizer(HfQuantizer):
         if self._expanded is not None:
             self._expanded()
             self._expanded = None
-        _share(model, self.quantization_config.shared)
+        names.share(model, self.quantization_config.shared)
         align(model)
 
     def get_state_dict_and_metadata(
@@ -168,7 +171,7 @@ class StackcompQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: each tensor once. Brings the config up to date with the model first."""
         self.quantization_config = model.config.quantization_config = StackcompConfig.of(model)
-        twice = _shared(model)
+        twice = names.shared(model)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
         return _coded(model, state) if self.quantization_config.coded else state, {}
 
@@ -319,140 +322,6 @@ def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:
         )
 
     return replace(spec, matrices={part: cast(matrix) for part, matrix in spec.matrices.items()})
-
-
-def _shared(model: "PreTrainedModel") -> dict[str, str]:
-    """Second names of parameters and buffers, and the first name of each; but for those that `transformers`
-    ties by itself.
-    """
-    first: dict[int, str] = {}
-    second: dict[str, str] = {}
-    tied = model.all_tied_weights_keys
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        kept = first.setdefault(id(tensor), name)
-        if kept != name and name not in tied and kept not in tied:
-            second[name] = kept
-    return second
-
-
-def _share(model: "PreTrainedModel", names: Mapping[str, str]) -> None:
-    """Put the tensors that were read under their second names, too.
-
-    Not by the list of what `transformers` ties: there they would count as ties of the class itself when the model is saved
-    again, and the bias of a `Conv1D` would be cut, as if its weight were that of an output head.
-    """
-    tensors = model.state_dict(keep_vars=True)
-    for target, source in _pairs(model, names).items():
-        owner, _, attribute = target.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, tensors[source])
-
-
-def _pairs(model: "PreTrainedModel", names: Mapping[str, str]) -> dict[str, str]:
-    """Second names and first ones as `model` has them; without those that another class than the one saved may lack."""
-    tensors = model.state_dict()
-    named = {_tensor(model, name): _tensor(model, first) for name, first in names.items()}
-    return {
-        target: source
-        for target, source in named.items()
-        if target is not None and source is not None and {target, source} <= tensors.keys()
-    }
-
-
-@dataclass  # not frozen: torch writes a mark on its hooks
-class _Omit:
-    """A hook that leaves `names` out of a state dict, so that a load does not miss them: `transformers` would put
-    uninitialised memory there."""
-
-    names: frozenset[str]
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in self.names:
-            state.pop(prefix + name, None)
-
-
-def _tensor(model: "PreTrainedModel", name: str) -> str | None:
-    """The name in `model` of the tensor with this name relative to the base model."""
-    path, _, attribute = name.rpartition(".")
-    owner = absolute(model, path)
-    return None if owner is None else f"{owner}.{attribute}"
-
-
-def _check_names(model: "PreTrainedModel", files: list[Path]) -> None:
-    """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a
-    difference.
-
-    A class other than the one saved may lack the parts that are unexpected then (the base model of a model
-    with a head), and may have a new head to train; but what is stored of a compressed weight, and of the base
-    model, must be there.
-    """
-    stored = {name: entry for file in files for name, entry in read_header(file)[0].items()}
-    stored.pop(coding.LISTING, None)
-    found = _renamed(model, stored)
-    expected = model.state_dict()
-    tied = model.all_tied_weights_keys
-    same_class = type(model).__name__ in (model.config.architectures or [])
-    missing = [
-        name
-        for name in expected
-        if name not in found
-        and not (name in tied and tied[name] in found)
-        and not any(source == name and target in found for target, source in tied.items())
-        and (same_class or _in_base(model, name))
-    ]
-    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, CompressedLayer)]
-    unexpected = [
-        name
-        for name in found
-        if name not in expected and (same_class or any(name.startswith(start) for start in inside))
-    ]
-    other = [
-        f"{name}: {entry['shape']} in the file, {list(expected[name].shape)} in the model"
-        for name, entry in found.items()
-        if entry is not None and name in expected and list(expected[name].shape) != entry["shape"]
-    ]
-    for words, names in (
-        ("lacks", missing),
-        ("holds unexpected", unexpected),
-        ("has other shapes for", other),
-    ):
-        if names:
-            saved = " or ".join(model.config.architectures or ["the class it was saved from"])
-            without = " or add_pooling_layer=False" if any("pooler." in name for name in names) else ""
-            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-            raise CheckpointError(
-                f"{files[0]}: the file {words} {', '.join(names[:MAX_NAMED])}{more} for {type(model).__name__}: load it with "
-                f"{saved} and its own settings{without}, or copy or save it again"
-            )
-
-
-def _in_base(model: "PreTrainedModel", name: str) -> bool:
-    """Whether a tensor belongs to the base model (all do, when the model is one)."""
-    return model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
-
-
-def _renamed(model: "PreTrainedModel", header: Mapping[str, Any]) -> dict[str, Any]:
-    """The header under the names the tensors will have in the model: the renaming that `transformers` itself
-    does on load.
-
-    Entries that it merges or splits are None: their shapes change.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    expected = model.state_dict()
-    renamed: dict[str, Any] = {}
-    for key, entry in header.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-        if pattern is None:
-            renamed[name] = entry
-            continue
-        targets = by_pattern[pattern].target_patterns
-        renamed.update({re.sub(re.escape(targets[0]), target, name): None for target in targets})
-    return renamed
 
 
 # Here, and not by the import hook: when this module is imported first, the hook runs in the middle of its imports.

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from stackcomp.core.matrices import CODEBOOKS, Coding, Dense, Fixed, Free
 from stackcomp.core.settings import one_of
-from stackcomp.nn.matrix import StoredMatrix, encoded, store
+from stackcomp.nn.matrix import StoredMatrix
 from stackcomp.nn.products import products
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.rounded import RoundedMatrix
+from stackcomp.nn.storing import encoded, store
 from stackcomp.nn.tree import WeightHandle, absolute, put, weights
 from stackcomp.ops import low_bit
 

@@ -19,7 +19,8 @@ from stackcomp.core.errors import BadWeights, CheckpointError, UnsupportedModel
 from stackcomp.core.matrices import Dense, MatrixSpec
 from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, build
-from stackcomp.nn.matrix import CODINGS, StoredMatrix, store
+from stackcomp.nn.matrix import CODINGS, StoredMatrix
+from stackcomp.nn.storing import store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

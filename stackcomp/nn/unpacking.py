@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from stackcomp.core.matrices import Dense
 from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedLayer
-from stackcomp.nn.matrix import store
 from stackcomp.nn.quantizer import compressed, detach
+from stackcomp.nn.storing import store
 from stackcomp.nn.surgery import store_as
 from stackcomp.nn.tree import WeightHandle, absolute, retie, weights
 

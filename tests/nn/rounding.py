@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from stackcomp.core.matrices import Coding
-from stackcomp.nn.matrix import CODINGS, StoredMatrix, encoded
+from stackcomp.nn.matrix import CODINGS, StoredMatrix
+from stackcomp.nn.storing import encoded
 
 
 def to_int8(matrix: StoredMatrix, *, axis: int, dynamic: bool) -> StoredMatrix:

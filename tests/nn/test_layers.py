@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from stackcomp.core.matrices import Dense, Fixed, Free
 from stackcomp.nn import CompressedEmbedding, CompressedLinear
-from stackcomp.nn.matrix import store
+from stackcomp.nn.storing import store
 from tests.nn.rounding import to_int8
 
 OUT, IN, BLOCKS, ATOMS, KEPT = 12, 20, 2, 6, 2

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from stackcomp.core.matrices import CODEBOOKS, Dense, Fixed, Free, MatrixSpec
-from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix, store
+from stackcomp.nn.matrix import GATHER_TOKENS, StoredMatrix
+from stackcomp.nn.storing import store
 from stackcomp.ops import cluster, round_groups
 from tests.nn.rounding import to_int8, to_low_bit
 

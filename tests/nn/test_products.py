@@ -46,7 +46,7 @@ def test_the_products_one_after_the_other_are_the_layer(atoms, width, transposed
 
 def test_a_plain_weight_is_one_product():
     handle = nn.weights(toys.bert_classifier())[ID]
-    matrices = {"weight": nn.matrix.store(handle.dense(), sc.core.spec.Dense())}
+    matrices = {"weight": nn.storing.store(handle.dense(), sc.core.matrices.Dense())}
     (product,) = nn.products(handle.spec, matrices, torch.eye(32))
     assert torch.equal(product.split(product.matrix.dense())[0], handle.dense())
 

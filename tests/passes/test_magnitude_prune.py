@@ -9,7 +9,7 @@ import stackcomp as sc
 from stackcomp import checkpoint, nn, ops
 from stackcomp.core.errors import SettingError
 from stackcomp.core.matrices import Free, MatrixSpec
-from stackcomp.nn.matrix import encode
+from stackcomp.nn.support import encode
 from tests import toys
 from tests.passes.test_conformance import apply
 

@@ -137,7 +137,7 @@ def test_scales_follow_values_that_move(first, bits, group):
             if bits == 8:  # as if it had been rounded now
                 steps = matrix.steps.clone()
                 again = to_int8(
-                    nn.matrix.store(
+                    nn.storing.store(
                         matrix.values.new_zeros(matrix.shape).masked_scatter(matrix.mask(), matrix.values),
                         matrix.spec.layout,
                         matrix.mask(),
