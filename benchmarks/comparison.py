@@ -5,7 +5,7 @@ interval is the half-width of a 95% interval. Only finished rows of today's decl
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +19,7 @@ from scipy.special import stdtrit
 from stackcomp.studies import Entry, Study
 from stackcomp.studies.rows import Row
 
+Asked = tuple[str, float | None]  # a method and its ratio
 DENSE = ("dense", 1.0)
 DRAWS = 1000  # of pairs of task and seed, for an interval
 
@@ -104,10 +105,12 @@ class Equal:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The entries of `study`, and the rows there are of them."""
+    """The entries of `study`, and the rows there are of them. by: the label that says how far each method was to compress, below called
+    its ratio; the dense model's is None where it has no such label."""
 
     study: Study
     rows: Sequence[Row]
+    by: str = "ratio"
 
     @cached_property
     def finished(self) -> list[Row]:
@@ -138,19 +141,21 @@ class Comparison:
 
     def methods(self, ratio: float) -> list[str]:
         """All methods that are to run at a ratio, in the order of the study."""
-        found = (entry.labels for entry in self.study.entries if entry.labels["ratio"] == ratio)
+        found = (entry.labels for entry in self.study.entries if entry.labels.get(self.by) == ratio)
         return list(dict.fromkeys(labels["method"] for labels in found))
 
     @cached_property
     def ratios(self) -> list[float]:
         """All ratios that are asked for, in the order of the study."""
-        found = dict.fromkeys(entry.labels["ratio"] for entry in self.study.entries)
-        return [ratio for ratio in found if ratio != DENSE[1]]
+        found = dict.fromkeys(
+            entry.labels[self.by] for entry in self.study.entries if entry.labels["method"] != DENSE[0]
+        )
+        return list(found)
 
-    def cell(self, task: str, method: str, ratio: float) -> Cell:
+    def cell(self, task: str, method: str, ratio: float | None) -> Cell:
         """The rows of one method at one ratio on one task."""
-        labels = {"task": task, "method": method, "ratio": ratio}
-        keys = {entry.key for entry in self.study.entries if entry.labels == labels}
+        asked = (task, method, ratio)
+        keys = {entry.key for entry in self.study.entries if self._place(entry.labels) == asked}
         return Cell(
             rows=[row for row in self.finished if row["key"] in keys],
             planned=len(keys),
@@ -162,7 +167,7 @@ class Comparison:
         found = [self.cell(task, method, ratio) for task in self.tasks]
         return [cell for cell in found if cell.rows]
 
-    def difference(self, first: tuple[str, float], second: tuple[str, float]) -> Estimate | None:
+    def difference(self, first: Asked, second: Asked) -> Estimate | None:
         """Score of one (method, ratio) minus that of another: the mean over tasks of the mean over seeds that both have.
 
         The interval is a t-interval over the pairs of task and seed, each task weighing the same; of a single pair, the
@@ -216,16 +221,20 @@ class Comparison:
         return self._table.get((method, ratio), {})
 
     @cached_property
-    def _table(self) -> dict[tuple[str, float], dict[tuple[str, int], tuple[float, float]]]:
+    def _table(self) -> dict[Asked, dict[tuple[str, int], tuple[float, float]]]:
         """The same by method and ratio."""
-        found: dict[tuple[str, float], dict[tuple[str, int], tuple[float, float]]] = {}
+        found: dict[Asked, dict[tuple[str, int], tuple[float, float]]] = {}
         for row in self.finished:
             labels = row["labels"]
-            points = found.setdefault((labels["method"], labels["ratio"]), {})
+            points = found.setdefault(self._place(labels)[1:], {})
             points[labels["task"], row["seed"]] = (row["layer_compression"], row["score"])
         return found
 
-    def _pairs(self, task: str, first: tuple[str, float], second: tuple[str, float]) -> list[tuple[Row, Row]]:
+    def _place(self, labels: Mapping[str, Any]) -> tuple[str, str, float | None]:
+        """Task, method and ratio of an entry or a row."""
+        return labels["task"], labels["method"], labels.get(self.by)
+
+    def _pairs(self, task: str, first: Asked, second: Asked) -> list[tuple[Row, Row]]:
         """Rows of the two with the same seed."""
         others = {row["seed"]: row for row in self.cell(task, *second).rows}
         return [(row, others[row["seed"]]) for row in self.cell(task, *first).rows if row["seed"] in others]

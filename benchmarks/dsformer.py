@@ -118,12 +118,12 @@ def progress(found: Comparison) -> str:
 
 def _against_dense(found: Comparison) -> list[str]:
     gap = found.difference((STF, RATIO), DENSE)
-    return [_sentence(f"{_spoken(STF)} minus dense at {RATIO:g}x", gap, len(found.tasks))]
+    return [sentence(f"{_spoken(STF)} minus dense at {RATIO:g}x", gap, len(found.tasks))]
 
 
 def _against_conventional(found: Comparison, ratios: Sequence[float] | None = None) -> list[str]:
     return [
-        _sentence(
+        sentence(
             f"{_spoken(ours)} minus {_spoken(theirs)} at {ratio:g}x",
             found.difference((ours, ratio), (theirs, ratio)),
             len(found.tasks),
@@ -134,7 +134,7 @@ def _against_conventional(found: Comparison, ratios: Sequence[float] | None = No
     ]
 
 
-def _sentence(what: str, gap: Estimate | None, tasks: int) -> str:
+def sentence(what: str, gap: Estimate | None, tasks: int) -> str:
     """A difference, what it rests on, and whether it is more than noise."""
     if gap is None:
         return f"{what}: not run yet."

@@ -1,23 +1,15 @@
-"""The smaller studies of DSFormer as Markdown: in few bits (low_bit.py), its options (options.py), on a decoder (decoder.py).
+"""The smaller studies of DSFormer as Markdown: its options (options.py), and on a decoder (decoder.py).
 
 Each is a grid of scores: a line a method or option, a column a budget or task. Only finished rows count.
 """
 
 from collections.abc import Callable, Sequence
-from math import hypot
 
 from benchmarks.dsformer import TASKS
 from benchmarks.tables import made_by, not_run, plus_minus, table
 from stackcomp.studies.rows import Row
 
-ROUNDINGS = ("rounded", "ternary", "binary")  # how the names of methods begin that only round
-DENSE_SPARSE = ("dense-sparse", "STF")
 AS_IN_TABLE = "as in the table"
-
-LOW_BIT = """\
-The encoder in so many bits a weight, all bytes counted: values, scales and indices. Every method but plain rounding gets the same
-steps of recovery, with rounding in their loop. A cell is the score and, behind it, the bits that the row really came to; the best of a
-column is bold, and a dash is a row that has not run, or that the method cannot have."""
 
 OPTIONS = """\
 One option of STF changed at a time, at an encoder compression of 3.57x; one seed. *Behind* is the score less that of the recipe of the
@@ -26,53 +18,6 @@ table."""
 DECODER = """\
 SmolLM2-135M after factorizing alone: no gradient step, the same calibration text and the same bytes for both. Figures are perplexities
 on WikiText-2, so lower is better. The model comes as a file of 4 bits, from which it was read; all of it is relative to that."""
-
-
-def low_bit(rows: Sequence[Row]) -> str:
-    """A table a task, and from where on dense-sparse stacks pay."""
-    done = _finished(rows)
-    if not done:
-        return not_run("low_bit")
-    parts = [LOW_BIT]
-    for task in _labels(done, "task"):
-        here = [row for row in done if row["labels"]["task"] == task]
-        tried = [row for row in here if "bits" in row["labels"]]
-        if not tried:
-            continue
-        budgets = sorted(_labels(tried, "bits"), reverse=True)
-        best = {bits: max(row["score"] for row in tried if row["labels"]["bits"] == bits) for bits in budgets}
-
-        def cell(row: Row, best: dict[float, float] = best) -> str:
-            said = f"{row['score']:.2f} ({32 / row['layer_compression']:.2f})"
-            return f"**{said}**" if row["score"] == best[row["labels"]["bits"]] else said
-
-        dense = [f", dense {row['score']:.2f}" for row in here if row["labels"]["method"] == "dense"]
-        parts += [
-            f"### {TASKS[task]}{''.join(dense)}",
-            _grid(tried, "method", "bits", cell, [f"{bits:g} bits" for bits in budgets], budgets),
-            "\n".join(f"- {line}" for line in (_winner(tried, bits) for bits in budgets) if line),
-        ]
-    return "\n\n".join([*parts, made_by("low_bit", done)])
-
-
-def _winner(rows: Sequence[Row], bits: float) -> str:
-    """The best dense-sparse stack beside the best rounding at a budget."""
-    here = [row for row in rows if row["labels"]["bits"] == bits]
-    found = [
-        max(some, key=lambda row: row["score"])
-        for names in (DENSE_SPARSE, ROUNDINGS)
-        if (some := [row for row in here if row["labels"]["method"].startswith(names)])
-    ]
-    if len(found) < 2:
-        return ""
-    ours, theirs = found
-    gap = ours["score"] - theirs["score"]
-    noise = hypot(ours["difference_noise"], theirs["difference_noise"])
-    verdict = "within the noise" if abs(gap) <= noise else "dense-sparse wins" if gap > 0 else "rounding wins"
-    return (
-        f"{bits:g} bits: {ours['labels']['method']} minus {theirs['labels']['method']} "
-        f"{plus_minus(gap, noise, signed=True)}: {verdict}."
-    )
 
 
 def options(rows: Sequence[Row]) -> str:

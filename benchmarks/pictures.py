@@ -1,5 +1,5 @@
-"""Pictures of results, as SVG text: the STS benchmark's curves, the quickstart's table as a terminal shows it, and the methods that
-DSFormer is compared with.
+"""Pictures of results, as SVG text: the STS benchmark's curves, the quickstart's table as a terminal shows it, the methods that
+DSFormer is compared with, and the methods in few bits.
 
 The colours are Okabe and Ito's, some darkened to be read as text, told apart with any colour vision; line style and marker say the same
 again. Every picture has a white ground, so that it reads on dark pages too.
@@ -40,6 +40,20 @@ _METHODS = {  # name, colour, marker, line
     "movement pruning": ("movement pruning", PURPLE, "P", ""),
     "2 layers": ("2 layers", GREY, "X", ""),
     "2 layers, hidden states": ("2 layers,\nhidden states", GREY, "*", ""),
+}
+_FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
+    ("dense-sparse, int4",): ("dense-sparse,\nint4", BLUE, "o", "-"),
+    ("dense-sparse, int8",): ("dense-sparse,\nint8", BLUE, "o", ":"),
+    ("STF, int4", "STF, GPTQ int4", "STF, GPTQ int3"): ("best of STF", BLUE, "p", ""),
+    ("low rank, int4",): ("low rank,\nint4", GREEN, "^", "--"),
+    ("low rank, int8",): ("low rank,\nint8", GREEN, "^", ":"),
+    ("rounded, trained", "ternary, trained", "binary, trained"): (
+        "best rounding,\ntrained",
+        ORANGE,
+        "s",
+        "-",
+    ),
+    ("pruned, int4",): ("pruned,\nint4", PURPLE, "D", "-."),
 }
 
 
@@ -183,6 +197,84 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
         [f"{tick:g}x\n{mine:.1f} MB\nfile {whole:.0f} MB" for tick, (mine, whole) in sizes.items()]
     )
     axes.set_ylabel(some["metric"])
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
+    """Score against bits a weight, one panel a task that has rows: a line a method, the dense model and its interval."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in found.tasks if len(_few_bits(found, task)) > 1]
+    look = {
+        "svg.hashsalt": "stackcomp",
+        "font.size": 13,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with rc_context(look):
+        figure = Figure(figsize=(8 * max(len(tasks), 1), 6.4), layout="constrained")
+        for axes, task in zip(
+            figure.subplots(1, max(len(tasks), 1), squeeze=False).flat, tasks, strict=False
+        ):
+            _bits_panel(axes, found, task)
+            axes.set_title(names[task], loc="left", fontweight="bold")
+        figure.supxlabel("bits a weight, every byte counted (log scale); grey: 95% of dense")
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def _few_bits(found: Comparison, task: str) -> dict[tuple[str, ...], list[tuple[float, float]]]:
+    """Bits and score along every line that has points, from many bits to few: at each budget the best of its methods."""
+    drawn: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for methods in _FEW_BITS:
+        for budget in sorted(found.ratios, reverse=True):
+            cells = [cell for method in methods if (cell := found.cell(task, method, budget)).rows]
+            if cells:
+                best = max(cells, key=lambda cell: cell.score.value)
+                point = (32 / best.mean("layer_compression"), best.score.value)
+                drawn.setdefault(methods, []).append(point)
+    return drawn
+
+
+def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    drawn = _few_bits(found, task)
+    dense = found.cell(task, "dense", None).score
+    ours = [score for methods, points in drawn.items() if methods[0] != "pruned, int4" for _, score in points]
+    floor = _floor([dense.value, *ours])
+    shown = {
+        methods: [(bits, max(score, floor)) for bits, score in points] for methods, points in drawn.items()
+    }
+    heights = [score for points in shown.values() for _, score in points] + [dense.value]
+    gap = (max(heights) - min(heights) or 1.0) / 16
+    budgets = sorted(found.ratios)
+    axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
+    axes.axhline(dense.value, color="0.2", linewidth=1.5)
+    labels: list[_Label] = []
+    for methods, points in shown.items():
+        name, colour, marker, line = _FEW_BITS[methods]
+        axes.plot(
+            *zip(*points, strict=True), color=colour, marker=marker, linestyle=line, linewidth=2, markersize=8
+        )
+        last = drawn[methods][-1][1]
+        below = f" {last:.0f} ↓" if last < floor else ""
+        labels.append(_Label(name + below, colour, points[-1]))
+    axes.text(
+        budgets[-1], dense.value, f"dense {dense.value:.1f} ± {dense.half:.1f}", va="bottom", fontsize=12
+    )
+    _write(axes, labels, budgets[0] / 1.08, gap, "left")
+    axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
+    axes.set_xscale("log")
+    axes.set_xlim(budgets[-1] * 1.06, budgets[0] / 1.5)
+    axes.xaxis.set_major_locator(FixedLocator(budgets))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticklabels([f"{bits:g}" for bits in budgets])
+    axes.set_ylabel(found.cell(task, "dense", None).rows[0]["metric"])
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
 

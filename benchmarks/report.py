@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import combined, dsformer, pictures, smallest, stacked, tables
+from benchmarks import combined, dsformer, low_bit, pictures, smallest, stacked, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -40,6 +40,10 @@ class Report:
         """What the rows of the DSFormer study say together."""
         return Comparison(study=dsformer.study(), rows=self.rows("dsformer"))
 
+    def low_bit(self) -> Comparison:
+        """What the rows in few bits say together."""
+        return low_bit.comparison(self.rows("low_bit"))
+
     def blocks(self) -> dict[str, str]:
         """Markdown of every generated block, by name."""
         found = {
@@ -50,6 +54,7 @@ class Report:
             "kill": tables.kill_in_words(self.rows("kill")),
             "kill-study": tables.kill_study(self.rows("kill_study")),
             "dsformer": dsformer.headline(self.dsformer()),
+            "low-bit": low_bit.headline(self.low_bit()),
             "stacked": stacked.headline(self.rows("stacked")),
             "combined": combined.headline(self.rows(combined.NAME)),
             "smallest": smallest.headline(self.rows(smallest.NAME)),
@@ -74,6 +79,9 @@ class Report:
         compared = self.dsformer()
         if compared.finished:
             found["dsformer"] = lambda: pictures.dsformer(compared, dsformer.TASKS)
+        few = self.low_bit()
+        if few.finished:
+            found["low_bit"] = lambda: pictures.low_bit(few, dsformer.TASKS)
         return found
 
     def readme(self) -> str:
@@ -117,7 +125,8 @@ class Report:
     def _mark(self, name: str) -> str:
         """The comment that tells which rows, and which drawing code, a picture shows."""
         code = Path(pictures.__file__).read_text("utf8")
-        rows = self.dsformer().finished if name == "dsformer" else self.rows(name)
+        compared = {"dsformer": self.dsformer, "low_bit": self.low_bit}
+        rows = compared[name]().finished if name in compared else self.rows(name)
         return f"<!-- rows: {digest([rows, code])} -->"
 
 
@@ -146,6 +155,7 @@ def _wrapped(line: str) -> list[str]:
 PICTURES = {
     "stsb": "STS-B score against encoder compression for dense-sparse and low rank, in floating point and in int8",
     "dsformer": "Score against bytes of the encoder for DSFormer and its rivals, one panel a task, beside the dense model and its noise",
+    "low_bit": "Score against bits a weight for dense-sparse, low rank, rounding and pruning, beside the dense model and its noise",
     "quickstart": "The table that the quickstart ends with",
 }
 

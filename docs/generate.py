@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no installed package
 
-from benchmarks import combined, dsformer, dsformer_more, smallest, stacked, tables  # noqa: E402
+from benchmarks import combined, dsformer, dsformer_more, low_bit, smallest, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
@@ -276,7 +276,7 @@ def dsformer_study() -> str:
             "## On top of other techniques",
             stacked.section(REPORT.rows("stacked")),
             "## In few bits",
-            dsformer_more.low_bit(REPORT.rows("low_bit")),
+            low_bit.section(REPORT.low_bit(), picture("low_bit")),
             "## Options of STF",
             dsformer_more.options(REPORT.rows("options")),
             "## A decoder",
