@@ -104,9 +104,9 @@ def progress(found: Comparison) -> str:
         return not_run("dsformer")
     done, total = len(found.finished), len(found.study.entries)
     if done == total:
-        return f"All {total} entries are done (`{command('dsformer')}`). {_made(found)}"
+        return f"All {total} entries are done (`{command('dsformer')}`). {made(found)}"
     failed = f" ({len(found.failed)} of them failed)" if found.failed else ""
-    made = f" {_made(found)}" if found.finished else ""
+    made = f" {made(found)}" if found.finished else ""
     return (
         f"**Partial: {done} of {total} entries are done**, {total - done} are not{failed}; "
         f"`{command('dsformer')}` goes on.{made}"
@@ -290,7 +290,7 @@ def _spoken(method: str) -> str:
     return names.get(method, method)
 
 
-def _made(found: Comparison) -> str:
+def made(found: Comparison) -> str:
     """The dates and machines behind all rows."""
     rows = found.finished
     dates = sorted({row["date"] for row in rows})

@@ -1,12 +1,13 @@
 """What a reader sees of the study pipelines/dsformer/low_bit.py, as Markdown: the section of the docs and the block of the README."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import takewhile
 
 from benchmarks.command import ROOT
-from benchmarks.comparison import Asked, Comparison
-from benchmarks.dsformer import TASKS, sentence
-from benchmarks.tables import made_by, not_run, plus_minus, table
+from benchmarks.comparison import Asked, Comparison, Estimate
+from benchmarks.dsformer import TASKS, made, sentence
+from benchmarks.tables import command, not_run, plus_minus, table
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
 from stackcomp.studies.rows import Row
@@ -42,8 +43,7 @@ def section(found: Comparison, picture: str) -> str:
     """The section of the docs: the picture, from where on dense-sparse stacks pay, and a table a task."""
     if not found.finished:
         return not_run("low_bit")
-    lines = "\n".join(f"- {line}" for line in _verdicts(found))
-    parts = [READING, picture, lines]
+    parts = [READING, picture, _pays(found), "\n".join(f"- {line}" for line in _verdicts(found))]
     parts += [part for task in found.tasks for part in _task(found, task)]
     return "\n\n".join([*parts, _progress(found)])
 
@@ -54,9 +54,8 @@ def headline(found: Comparison) -> str:
         return not_run("low_bit")
     budgets = [bits for bits in sorted(found.ratios, reverse=True) if _best(found, OURS, bits)]
     cells = [[f"{bits:g}", *(_best_in_words(found, family, bits) for family in FAMILIES)] for bits in budgets]
-    lines = "\n".join(f"- {line}" for line in _verdicts(found))
     titles = ["bits a weight", *(f"best of {family}" for family in FAMILIES)]
-    return "\n\n".join([table(titles, cells), lines, _progress(found)])
+    return "\n\n".join([table(titles, cells), _pays(found), _progress(found)])
 
 
 def _task(found: Comparison, task: str) -> list[str]:
@@ -97,14 +96,34 @@ def _task(found: Comparison, task: str) -> list[str]:
 
 def _verdicts(found: Comparison) -> list[str]:
     """The best dense-sparse stack beside the best of every other family, budget after budget."""
-    lines: list[str] = []
-    for bits in sorted(found.ratios, reverse=True):
-        for rival in RIVALS:
-            ours, theirs = _best(found, OURS, bits), _best(found, rival, bits)
-            gap = found.difference(ours, theirs) if ours and theirs else None
-            if gap and ours and theirs:
-                lines.append(sentence(f"{bits:g} bits, {ours[0]} minus {theirs[0]}", gap, len(found.tasks)))
-    return lines
+    return [
+        sentence(f"{bits:g} bits, {ours} minus {theirs}", gap, len(found.tasks))
+        for bits in sorted(found.ratios, reverse=True)
+        for rival in RIVALS
+        for ours, theirs, gap in _gap(found, rival, bits)
+    ]
+
+
+def _pays(found: Comparison) -> str:
+    """In a sentence a rival, from how many bits downward dense-sparse stacks beat it by more than noise."""
+    sentences: list[str] = []
+    for rival in RIVALS:
+        gaps = {bits: gap for bits in sorted(found.ratios) for *_, gap in _gap(found, rival, bits)}
+        if not gaps:
+            continue
+        won = [bits for bits, _ in takewhile(lambda one: one[1].value > one[1].half, gaps.items())]
+        told = ", ".join(f"{gaps[bits].value:+.2f} at {bits:g}" for bits in reversed(gaps))
+        where = f"from {won[-1]:g} bits downward" if won else "at no budget beyond the noise"
+        sentences.append(f"Against {rival}, dense-sparse stacks pay {where} (points: {told}).")
+    return "\n".join(sentences)
+
+
+def _gap(found: Comparison, rival: str, bits: float) -> Iterator[tuple[str, str, Estimate]]:
+    """The best dense-sparse stack, the best of a rival family and their difference at a budget, where both have run."""
+    ours, theirs = _best(found, OURS, bits), _best(found, rival, bits)
+    gap = found.difference(ours, theirs) if ours and theirs else None
+    if ours and theirs and gap:
+        yield ours[0], theirs[0], gap
 
 
 def _best(found: Comparison, family: str, bits: float) -> Asked | None:
@@ -123,4 +142,4 @@ def _best_in_words(found: Comparison, family: str, bits: float) -> str:
 def _progress(found: Comparison) -> str:
     done, total = len(found.finished), len(found.study.entries)
     partial = "" if done == total else f"**Partial: {done} of {total} entries are done.** "
-    return f"{partial}{made_by('low_bit', found.finished)}"
+    return f"{partial}`{command('low_bit')}` makes the rows. {made(found)}"

@@ -82,18 +82,31 @@ def test_a_cell_is_a_mean_over_seeds_and_the_best_of_a_column_is_bold():
 
 
 def test_the_best_dense_sparse_stack_stands_beside_the_best_of_every_family():
-    text = low_bit.headline(found())
-    assert "| 2 | STF, int4: -0.50 | rounded, trained: -1.10 | low rank, int4: -0.40 | - |" in text
-    assert (
-        "- 2 bits, STF, int4 minus rounded, trained: +0.60 ± 0.42 points (1 of 2 tasks, 1 pair of task and seed)"
-        in text
-    )
-    assert "- 2 bits, STF, int4 minus low rank, int4: -0.10 ± 0.42 points" in text
+    head, text = low_bit.headline(found()), low_bit.section(found(), "a picture")
+    assert "| 2 | STF, int4: -0.50 | rounded, trained: -1.10 | low rank, int4: -0.40 | - |" in head
+    one = "(1 of 2 tasks, 1 pair of task and seed)"
+    assert f"- 2 bits, STF, int4 minus rounded, trained: +0.60 ± 0.42 points {one}: **better**" in text
+    assert f"- 2 bits, STF, int4 minus low rank, int4: -0.10 ± 0.42 points {one}: within the noise." in text
     three = "(1 of 2 tasks, 3 pairs of task and seed): **better**, beyond the noise."
     assert f"- 1.5 bits, dense-sparse, int4 minus binary, trained: +13.00 ± 0.00 points {three}" in text
     assert f"- 1.5 bits, dense-sparse, int4 minus low rank, int4: +1.00 ± 0.00 points {three}" in text
     assert "- 3 bits" not in text
-    assert f"**Partial: {len(found().finished)} of {len(STUDY.entries)} entries are done.**" in text
+    assert f"**Partial: {len(found().finished)} of {len(STUDY.entries)} entries are done.**" in head
+
+
+def test_it_says_from_where_on_dense_sparse_pays():
+    text = low_bit.headline(found())
+    assert (
+        "Against rounding, dense-sparse stacks pay from 2 bits downward (points: +0.60 at 2, +13.00 at 1.5)."
+        in text
+    )
+    assert (
+        "Against low rank, dense-sparse stacks pay from 1.5 bits downward (points: -0.10 at 2, +1.00 at 1.5)."
+        in text
+    )
+    losing = low_bit.headline(found(lambda entry: not entry.labels["method"].startswith("dense-sparse")))
+    assert "Against low rank, dense-sparse stacks pay from 1.5 bits" in losing  # STF
+    assert "Against pruning" not in text
 
 
 def test_a_method_with_no_dense_model_beside_it_is_no_best():
