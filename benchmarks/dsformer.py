@@ -106,10 +106,10 @@ def progress(found: Comparison) -> str:
     if done == total:
         return f"All {total} entries are done (`{command('dsformer')}`). {made(found)}"
     failed = f" ({len(found.failed)} of them failed)" if found.failed else ""
-    made = f" {made(found)}" if found.finished else ""
+    behind = f" {made(found)}" if found.finished else ""
     return (
         f"**Partial: {done} of {total} entries are done**, {total - done} are not{failed}; "
-        f"`{command('dsformer')}` goes on.{made}"
+        f"`{command('dsformer')}` goes on.{behind}"
     )
 
 
