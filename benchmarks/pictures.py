@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.comparison import DENSE, Comparison
 from stackcomp.core.ledger import Ledger
@@ -18,6 +18,7 @@ from stackcomp.studies.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 _STYLES = {  # name, colour, marker
@@ -27,6 +28,7 @@ _STYLES = {  # name, colour, marker
     ("LowRank", True): ("low rank, then int8", ORANGE, "s"),
     ("Int8Weights", True): ("int8 alone", "0.2", "D"),
 }
+_LOOK: dict[Any, Any] = {"svg.hashsalt": "stackcomp", "axes.spines.top": False, "axes.spines.right": False}
 GREEN, PURPLE, GREY = "#007A5A", "#9C4478", "0.35"
 _METHODS = {  # name, colour, marker, line
     "STF": ("DSFormer (STF)", BLUE, "o", "-"),
@@ -62,16 +64,9 @@ def stsb(rows: Sequence[Row]) -> str:
     noise."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     (dense,) = (row for row in rows if row["method"] == "dense")
-    look = {
-        "svg.hashsalt": "stackcomp",
-        "font.size": 14,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(look):
+    with rc_context(_LOOK | {"font.size": 14}):
         figure = Figure(figsize=(7, 5.4), layout="constrained")
         axes = figure.add_subplot()
         low, high = dense["score"] - dense["noise"], dense["score"] + dense["noise"]
@@ -81,21 +76,13 @@ def stsb(rows: Sequence[Row]) -> str:
             for int8 in (False, True):
                 _curve(axes, rows, method, int8)
         _curve(axes, rows, "Int8Weights", True)
-        axes.set_xscale("log")
         reached = max(row["layer_compression"] or 1 for row in rows)
         ticks = [tick for tick in (1.5, 2, 3, 4, 6, 8, 12, 16, 24) if tick <= reached * 1.3]
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticklabels([f"{tick:g}x" for tick in ticks])
+        _logarithmic(axes, {tick: f"{tick:g}x" for tick in ticks})
         axes.set_xlabel("encoder compression, all bytes counted (log scale)")
         axes.set_ylabel("Spearman x 100, STS-B test")
-        axes.grid(axis="y", color="0.92")
-        axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=2, fontsize=12, frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+        return _svg(figure)
 
 
 def _curve(axes: "Axes", rows: Sequence[Row], method: str, int8: bool) -> None:
@@ -124,13 +111,7 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    look = {
-        "svg.hashsalt": "stackcomp",
-        "font.size": 13,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(look):
+    with rc_context(_LOOK | {"font.size": 13}):
         figure = Figure(figsize=(14, 12), layout="constrained")
         grid = figure.subplots(2, (len(found.tasks) + 1) // 2, squeeze=False).flat
         for axes, task in zip(grid, found.tasks, strict=False):
@@ -139,14 +120,10 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
         figure.supxlabel(
             "encoder compression, every index counted (log scale), and bytes of encoder and whole file; grey: 95% of dense"
         )
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+        return _svg(figure)
 
 
 def _panel(axes: "Axes", found: Comparison, task: str) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
     drawn: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in found.finished if row["labels"]["task"] == task]
     for method in _METHODS:
@@ -184,21 +161,14 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
         (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
     _write(axes, left, 1.9, gap, "right")
     _write(axes, right, 3.75, gap, "left")
-    axes.set_xscale("log")
-    axes.set_xlim(1.22, 5.4)
     ticks = sorted(found.ratios)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
     some = next(row for row in rows if row["layer_compression"])
     encoder, file = some["layer_bytes"] * some["layer_compression"], some["size_bytes"] * some["compression"]
     sizes = {tick: (encoder / tick / 1e6, (file - encoder + encoder / tick) / 1e6) for tick in ticks}
-    axes.set_xticklabels(
-        [f"{tick:g}x\n{mine:.1f} MB\nfile {whole:.0f} MB" for tick, (mine, whole) in sizes.items()]
-    )
+    named = {tick: f"{tick:g}x\n{mine:.1f} MB\nfile {whole:.0f} MB" for tick, (mine, whole) in sizes.items()}
+    _logarithmic(axes, named)
+    axes.set_xlim(1.22, 5.4)
     axes.set_ylabel(some["metric"])
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
 
 
 def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
@@ -207,13 +177,7 @@ def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
     from matplotlib.figure import Figure
 
     tasks = [task for task in found.tasks if len(_few_bits(found, task)) > 1]
-    look = {
-        "svg.hashsalt": "stackcomp",
-        "font.size": 13,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(look):
+    with rc_context(_LOOK | {"font.size": 13}):
         figure = Figure(figsize=(8 * max(len(tasks), 1), 6.4), layout="constrained")
         for axes, task in zip(
             figure.subplots(1, max(len(tasks), 1), squeeze=False).flat, tasks, strict=False
@@ -221,9 +185,7 @@ def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
             _bits_panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
         figure.supxlabel("bits a weight, every byte counted (log scale); grey: 95% of dense")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+        return _svg(figure)
 
 
 def _few_bits(found: Comparison, task: str) -> dict[tuple[str, ...], list[tuple[float, float]]]:
@@ -240,8 +202,6 @@ def _few_bits(found: Comparison, task: str) -> dict[tuple[str, ...], list[tuple[
 
 
 def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
     drawn = _few_bits(found, task)
     dense = found.cell(task, "dense", None).score
     ours = [score for methods, points in drawn.items() if methods[0] != "pruned, int4" for _, score in points]
@@ -268,15 +228,29 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     )
     _write(axes, labels, budgets[0] / 1.08, gap, "left")
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
-    axes.set_xscale("log")
+    _logarithmic(axes, {bits: f"{bits:g}" for bits in budgets})
     axes.set_xlim(budgets[-1] * 1.06, budgets[0] / 1.5)
-    axes.xaxis.set_major_locator(FixedLocator(budgets))
+    axes.set_ylabel(found.cell(task, "dense", None).rows[0]["metric"])
+
+
+def _logarithmic(axes: "Axes", ticks: Mapping[float, str]) -> None:
+    """A logarithmic axis of compression with these ticks alone, and a grid of scores behind what is drawn."""
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([*ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticklabels([f"{bits:g}" for bits in budgets])
-    axes.set_ylabel(found.cell(task, "dense", None).rows[0]["metric"])
+    axes.set_xticklabels([*ticks.values()])
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
+
+
+def _svg(figure: "Figure") -> str:
+    """The figure as text, the same whenever it is drawn."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 class _Label(NamedTuple):
