@@ -28,7 +28,6 @@ _STYLES = {  # name, colour, marker
     ("LowRank", True): ("low rank, then int8", ORANGE, "s"),
     ("Int8Weights", True): ("int8 alone", "0.2", "D"),
 }
-_LOOK: dict[Any, Any] = {"svg.hashsalt": "stackcomp", "axes.spines.top": False, "axes.spines.right": False}
 GREEN, PURPLE, GREY = "#007A5A", "#9C4478", "0.35"
 _METHODS = {  # name, colour, marker, line
     "STF": ("DSFormer (STF)", BLUE, "o", "-"),
@@ -66,7 +65,7 @@ def stsb(rows: Sequence[Row]) -> str:
     from matplotlib.figure import Figure
 
     (dense,) = (row for row in rows if row["method"] == "dense")
-    with rc_context(_LOOK | {"font.size": 14}):
+    with rc_context(_look(14)):
         figure = Figure(figsize=(7, 5.4), layout="constrained")
         axes = figure.add_subplot()
         low, high = dense["score"] - dense["noise"], dense["score"] + dense["noise"]
@@ -111,7 +110,7 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_LOOK | {"font.size": 13}):
+    with rc_context(_look(13)):
         figure = Figure(figsize=(14, 12), layout="constrained")
         grid = figure.subplots(2, (len(found.tasks) + 1) // 2, squeeze=False).flat
         for axes, task in zip(grid, found.tasks, strict=False):
@@ -177,7 +176,7 @@ def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
     from matplotlib.figure import Figure
 
     tasks = [task for task in found.tasks if len(_few_bits(found, task)) > 1]
-    with rc_context(_LOOK | {"font.size": 13}):
+    with rc_context(_look(13)):
         figure = Figure(figsize=(8 * max(len(tasks), 1), 6.4), layout="constrained")
         for axes, task in zip(
             figure.subplots(1, max(len(tasks), 1), squeeze=False).flat, tasks, strict=False
@@ -231,6 +230,16 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     _logarithmic(axes, {bits: f"{bits:g}" for bits in budgets})
     axes.set_xlim(budgets[-1] * 1.06, budgets[0] / 1.5)
     axes.set_ylabel(found.cell(task, "dense", None).rows[0]["metric"])
+
+
+def _look(size: int) -> Any:
+    """Settings of matplotlib: letters of this size, no frame, and the same names inside whenever a figure is drawn."""
+    return {
+        "svg.hashsalt": "stackcomp",
+        "font.size": size,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
 
 
 def _logarithmic(axes: "Axes", ticks: Mapping[float, str]) -> None:
