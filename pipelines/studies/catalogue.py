@@ -39,6 +39,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
         yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)
         yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
         yield f"{bits} bits, clustered", sc.ClusterWeights(bits=bits, **layers)
+    yield "4 bits, NF4", sc.NF4(**layers)
     yield "low-rank word embeddings, 2x", sc.FactorizeEmbeddings(ratio=2.0)
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()
@@ -46,6 +47,8 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "3/4 of the heads", sc.PruneHeads(keep=0.75)
     yield "5 of 6 layers", sc.DropLayers(keep=5)
     yield "5 of 6 layers, by influence", sc.DropLayers(keep=5, which="influence")
+    yield "pairs of layers share", sc.ShareLayers(group=2)
+    yield "pairs of layers share, deltas of rank 64", sc.ShareLayers(group=2, delta_rank=64)
     yield "entropy coding", sc.EntropyCode()
     words = sc.LowBitWeights(bits=3, only=WORDS)
     yield (
