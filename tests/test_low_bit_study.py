@@ -13,6 +13,8 @@ LOSSES = {  # points, at 2 bits and at 1.5
     "rounded": (20.0, 0.0),
     "rounded, trained": (1.1, 0.0),
     "binary, trained": (0.0, 15.0),
+    "STF, GPTQ int4": (3.0, 3.5),
+    "pruned, int4": (0.7, 30.0),
 }
 
 
@@ -83,7 +85,10 @@ def test_a_cell_is_a_mean_over_seeds_and_the_best_of_a_column_is_bold():
 
 def test_the_best_dense_sparse_stack_stands_beside_the_best_of_every_family():
     head, text = low_bit.headline(found()), low_bit.section(found(), "a picture")
-    assert "| 2 | STF, int4: -0.50 | rounded, trained: -1.10 | low rank, int4: -0.40 | - |" in head
+    assert (
+        "| 2 | STF, int4: -0.50 | rounded, trained: -1.10 | low rank, int4: -0.40 | pruned, int4: -0.70 |"
+        in head
+    )
     one = "(1 of 2 tasks, 1 pair of task and seed)"
     assert f"- 2 bits, STF, int4 minus rounded, trained: +0.60 ± 0.42 points {one}: **better**" in text
     assert f"- 2 bits, STF, int4 minus low rank, int4: -0.10 ± 0.42 points {one}: within the noise." in text
@@ -104,9 +109,11 @@ def test_it_says_from_where_on_dense_sparse_pays():
         "Against low rank, dense-sparse stacks pay from 1.5 bits downward (points: -0.10 at 2, +1.00 at 1.5)."
         in text
     )
+    assert (
+        "Against pruning, dense-sparse stacks pay from 1.5 bits downward (points: +0.20 at 2," in text
+    )  # the first within the noise
     losing = low_bit.headline(found(lambda entry: not entry.labels["method"].startswith("dense-sparse")))
     assert "Against low rank, dense-sparse stacks pay from 1.5 bits" in losing  # STF
-    assert "Against pruning" not in text
 
 
 def test_a_method_with_no_dense_model_beside_it_is_no_best():
@@ -123,10 +130,21 @@ def test_without_finished_rows_the_command_is_named(rows):
 
 def test_the_picture_has_a_line_a_method_that_has_rows():
     drawn = pictures.low_bit(found(), TASKS)
-    for words in ("STS-B", "low rank,", "best of STF", "best rounding,", "dense 80.1"):
+    for words in ("STS-B", "low rank,", "best of STF", "best rounding,", "int4 50 ↓", "dense 80.1"):
         assert words in drawn, words
     assert "Rotten" not in drawn
-    assert "pruned" not in drawn
+    assert "int8" not in drawn
+
+
+def test_a_line_is_the_best_of_its_methods_and_what_falls_far_below_does_not_flatten_the_others():
+    from matplotlib.figure import Figure
+
+    lines = pictures._few_bits(found(), "stsb")
+    assert lines["STF, int4", "STF, GPTQ int4", "STF, GPTQ int3"] == [(2.0, 79.5), (1.5, 77.5)]
+    axes = Figure().add_subplot()
+    pictures._bits_panel(axes, found(), "stsb")
+    low, high = axes.get_ylim()
+    assert 50 < low < 65 < 80.1 < high
 
 
 def test_every_line_of_the_picture_is_of_methods_of_the_study():
