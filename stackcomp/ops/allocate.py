@@ -7,7 +7,11 @@ a multiple-choice knapsack, solved by `scipy.optimize.milp`.
 Letters: a factorized matrix has n rows and m columns; k blocks, b atoms and s non-zeros a row and block; r a rank.
 """
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -48,17 +52,39 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -
     sizes = np.array([option.size_bytes for _, option in flat], dtype=np.float64) / max(budget_bytes, 1)
     errors = np.array([option.error for _, option in flat], dtype=np.float64)
     belongs = csr_array((np.ones(len(flat)), ([layers[layer] for layer, _ in flat], np.arange(len(flat)))))
-    solution = milp(
-        errors / max(float(errors.max()), np.finfo(np.float64).tiny),
-        constraints=[LinearConstraint(belongs, 1, 1), LinearConstraint(sizes[None], ub=1)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": RELATIVE_GAP, "presolve": False},
-    )
+    with _silenced():
+        solution = milp(
+            errors / max(float(errors.max()), np.finfo(np.float64).tiny),
+            constraints=[LinearConstraint(belongs, 1, 1), LinearConstraint(sizes[None], ub=1)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": RELATIVE_GAP, "presolve": False},
+        )
     if solution.x is None:
         raise RuntimeError(f"scipy.optimize.milp found no allocation: {solution.message}")
     taken = np.flatnonzero(solution.x > 0.5)
     return {flat[index][0]: flat[index][1] for index in taken}
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Discard what compiled code prints meanwhile: HiGHS 1.12, the solver inside scipy, leaves lines of its own on standard output,
+    whatever its options say (ERGO-Code/HiGHS, issue 2783)."""
+    try:
+        flush, kept = ctypes.CDLL(None).fflush, os.dup(1)
+    except (TypeError, OSError):  # another system's library, or no standard output
+        yield
+        return
+    sys.stdout.flush()
+    flush(None)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def low_rank_bytes(rows: int, columns: int, rank: int, *, value_bytes: float = 4) -> int:

@@ -1,8 +1,10 @@
 """Allocation: optimal against brute force, within the budget, honest about what cannot be reached; sizes as they are stored."""
 
+import ctypes
 from itertools import product
 
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +53,22 @@ def test_bytes_go_where_they_matter():
 
     taken = allocate({"dull": curve(1), "keen": curve(3)}, 11)
     assert (taken["dull"].choice, taken["keen"].choice) == (1, 10)
+
+
+def test_what_the_solver_prints_on_its_own_is_not_seen(monkeypatch, capfd):
+    puts, solve = ctypes.CDLL(None).puts, scipy.optimize.milp
+
+    def talkative(*given, **settings):
+        puts(b"a stray line")  # in a buffer that Python does not know
+        return solve(*given, **settings)
+
+    monkeypatch.setattr(scipy.optimize, "milp", talkative)
+    puts(b"before, compiled")
+    print("before")
+    allocate({"layer": [Candidate(size_bytes=1, error=0.0, choice=None)]}, 1)
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert sorted(capfd.readouterr().out.splitlines()) == ["after", "before", "before, compiled"]
 
 
 def test_dense_sparse_bytes_are_those_of_the_parts():
