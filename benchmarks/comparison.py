@@ -20,7 +20,7 @@ from stackcomp.studies import Entry, Study
 from stackcomp.studies.rows import Row
 
 Asked = tuple[str, float | None]  # a method and its ratio
-DENSE = ("dense", 1.0)
+DENSE: Asked = ("dense", None)
 DRAWS = 1000  # of pairs of task and seed, for an interval
 
 
@@ -106,7 +106,7 @@ class Equal:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The entries of `study`, and the rows there are of them. by: the label that says how far each method was to compress, below called
-    its ratio; the dense model's is None where it has no such label."""
+    its ratio; that of the dense model is None."""
 
     study: Study
     rows: Sequence[Row]
@@ -141,16 +141,14 @@ class Comparison:
 
     def methods(self, ratio: float) -> list[str]:
         """All methods that are to run at a ratio, in the order of the study."""
-        found = (entry.labels for entry in self.study.entries if entry.labels.get(self.by) == ratio)
-        return list(dict.fromkeys(labels["method"] for labels in found))
+        found = (self._place(entry.labels) for entry in self.study.entries)
+        return list(dict.fromkeys(method for _, method, asked in found if asked == ratio))
 
     @cached_property
     def ratios(self) -> list[float]:
         """All ratios that are asked for, in the order of the study."""
-        found = dict.fromkeys(
-            entry.labels[self.by] for entry in self.study.entries if entry.labels["method"] != DENSE[0]
-        )
-        return list(found)
+        found = (self._place(entry.labels) for entry in self.study.entries)
+        return list(dict.fromkeys(asked for *_, asked in found if asked is not None))
 
     def cell(self, task: str, method: str, ratio: float | None) -> Cell:
         """The rows of one method at one ratio on one task."""
@@ -162,7 +160,7 @@ class Comparison:
             failed=sum(row["key"] in keys for row in self.failed),
         )
 
-    def cells(self, method: str, ratio: float) -> list[Cell]:
+    def cells(self, method: str, ratio: float | None) -> list[Cell]:
         """The cells of a method at a ratio that have rows, one a task."""
         found = [self.cell(task, method, ratio) for task in self.tasks]
         return [cell for cell in found if cell.rows]
@@ -216,7 +214,7 @@ class Comparison:
         """The ratios at which a method is to run."""
         return [ratio for ratio in self.ratios if method in self.methods(ratio)]
 
-    def _points(self, method: str, ratio: float) -> dict[tuple[str, int], tuple[float, float]]:
+    def _points(self, method: str, ratio: float | None) -> dict[tuple[str, int], tuple[float, float]]:
         """Encoder compression and score by task and seed."""
         return self._table.get((method, ratio), {})
 
@@ -232,7 +230,8 @@ class Comparison:
 
     def _place(self, labels: Mapping[str, Any]) -> tuple[str, str, float | None]:
         """Task, method and ratio of an entry or a row."""
-        return labels["task"], labels["method"], labels.get(self.by)
+        method = labels["method"]
+        return labels["task"], method, None if method == DENSE[0] else labels[self.by]
 
     def _pairs(self, task: str, first: Asked, second: Asked) -> list[tuple[Row, Row]]:
         """Rows of the two with the same seed."""

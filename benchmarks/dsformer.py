@@ -9,6 +9,7 @@ from benchmarks.comparison import DENSE, Cell, Comparison, Equal, Estimate, at_e
 from benchmarks.tables import command, not_run, plus_minus, table
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
+from stackcomp.studies.rows import Row
 
 RATIO = 2.8  # the one at which all methods are run
 STF = "STF"
@@ -101,15 +102,16 @@ def headline(found: Comparison) -> str:
 def progress(found: Comparison) -> str:
     """How many entries are done, and the command that goes on."""
     if not found.finished and not found.failed:
-        return not_run("dsformer")
+        return not_run(found.study.name)
     done, total = len(found.finished), len(found.study.entries)
+    run = command(found.study.name)
     if done == total:
-        return f"All {total} entries are done (`{command('dsformer')}`). {made(found)}"
+        return f"All {total} entries are done (`{run}`). {_made(found)}"
     failed = f" ({len(found.failed)} of them failed)" if found.failed else ""
-    behind = f" {made(found)}" if found.finished else ""
+    made = f" {_made(found)}" if found.finished else ""
     return (
         f"**Partial: {done} of {total} entries are done**, {total - done} are not{failed}; "
-        f"`{command('dsformer')}` goes on.{behind}"
+        f"`{run}` goes on.{made}"
     )
 
 
@@ -290,13 +292,17 @@ def _spoken(method: str) -> str:
     return names.get(method, method)
 
 
-def made(found: Comparison) -> str:
-    """The dates and machines behind all rows."""
+def _made(found: Comparison) -> str:
+    """The dates and machines behind all rows; scores of one seed differ between instructions, too."""
     rows = found.finished
     dates = sorted({row["date"] for row in rows})
-    machines = sorted(
-        {f"{row['machine']['processor']} (threads: {row['machine']['threads']})" for row in rows}
-    )
+    machines = sorted({_machine(row) for row in rows})
     torches = sorted({row["versions"]["torch"] for row in rows})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Made {days} on {' and '.join(machines)}, torch {', '.join(torches)}."
+    return f"Made {days} on {', '.join(machines)}; torch {', '.join(torches)}."
+
+
+def _machine(row: Row) -> str:
+    machine = row["machine"]
+    instructions = f"{machine['instructions']}, " if "instructions" in machine else ""
+    return f"{machine['processor']} ({instructions}threads: {machine['threads']})"

@@ -5,15 +5,14 @@ from functools import cache
 from itertools import takewhile
 
 from benchmarks.command import ROOT
-from benchmarks.comparison import Asked, Comparison, Estimate
-from benchmarks.dsformer import TASKS, made, sentence
-from benchmarks.tables import command, not_run, plus_minus, table
+from benchmarks.comparison import DENSE, Asked, Comparison, Estimate
+from benchmarks.dsformer import TASKS, progress, sentence
+from benchmarks.tables import plus_minus, table
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies import Study
 from stackcomp.studies.rows import Row
 
 BITS = "bits"  # the label of a budget
-DENSE = ("dense", None)
 FAMILIES = {  # how the names of their methods begin
     "dense-sparse": ("dense-sparse", "STF"),
     "rounding": ("rounded", "ternary", "binary"),
@@ -42,20 +41,20 @@ def comparison(rows: Sequence[Row]) -> Comparison:
 def section(found: Comparison, picture: str) -> str:
     """The section of the docs: the picture, from where on dense-sparse stacks pay, and a table a task."""
     if not found.finished:
-        return not_run("low_bit")
+        return progress(found)
     parts = [READING, picture, _pays(found), "\n".join(f"- {line}" for line in _verdicts(found))]
     parts += [part for task in found.tasks for part in _task(found, task)]
-    return "\n\n".join([*parts, _progress(found)])
+    return "\n\n".join([*parts, progress(found)])
 
 
 def headline(found: Comparison) -> str:
     """The block of the README: a line a budget, with the best of every family there."""
     if not found.finished:
-        return not_run("low_bit")
+        return progress(found)
     budgets = [bits for bits in sorted(found.ratios, reverse=True) if _best(found, OURS, bits)]
     cells = [[f"{bits:g}", *(_best_in_words(found, family, bits) for family in FAMILIES)] for bits in budgets]
     titles = ["bits a weight", *(f"best of {family}" for family in FAMILIES)]
-    return "\n\n".join([table(titles, cells), _pays(found), _progress(found)])
+    return "\n\n".join([table(titles, cells), _pays(found), progress(found)])
 
 
 def _task(found: Comparison, task: str) -> list[str]:
@@ -105,7 +104,7 @@ def _verdicts(found: Comparison) -> list[str]:
 
 
 def _pays(found: Comparison) -> str:
-    """In a sentence a rival, from how many bits downward dense-sparse stacks beat it by more than noise."""
+    """In a sentence a rival, from how many bits down to the fewest that were run dense-sparse stacks beat it by more than noise."""
     sentences: list[str] = []
     for rival in RIVALS:
         gaps = {bits: gap for bits in sorted(found.ratios) for *_, gap in _gap(found, rival, bits)}
@@ -113,7 +112,9 @@ def _pays(found: Comparison) -> str:
             continue
         won = [bits for bits, _ in takewhile(lambda one: one[1].value > one[1].half, gaps.items())]
         told = ", ".join(f"{gaps[bits].value:+.2f} at {bits:g}" for bits in reversed(gaps))
-        where = f"from {won[-1]:g} bits downward" if won else "at no budget beyond the noise"
+        where = "at no budget beyond the noise"
+        if won:
+            where = f"from {won[-1]:g} bits down to {won[0]:g}" if len(won) > 1 else f"at {won[0]:g} bits"
         sentences.append(f"Against {rival}, dense-sparse stacks pay {where} (points: {told}).")
     return "\n".join(sentences)
 
@@ -137,9 +138,3 @@ def _best_in_words(found: Comparison, family: str, bits: float) -> str:
     best = _best(found, family, bits)
     gap = found.difference(best, DENSE) if best else None
     return f"{best[0]}: {gap.value:+.2f}" if best and gap else "-"
-
-
-def _progress(found: Comparison) -> str:
-    done, total = len(found.finished), len(found.study.entries)
-    partial = "" if done == total else f"**Partial: {done} of {total} entries are done.** "
-    return f"{partial}`{command('low_bit')}` makes the rows. {made(found)}"

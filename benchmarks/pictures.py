@@ -42,6 +42,7 @@ _METHODS = {  # name, colour, marker, line
     "2 layers": ("2 layers", GREY, "X", ""),
     "2 layers, hidden states": ("2 layers,\nhidden states", GREY, "*", ""),
 }
+_FAR_BELOW = ("pruned, int4",)  # what must not flatten the other lines
 _FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
     ("dense-sparse, int4",): ("dense-sparse,\nint4", BLUE, "o", "-"),
     ("dense-sparse, int8",): ("dense-sparse,\nint8", BLUE, "o", ":"),
@@ -54,7 +55,7 @@ _FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
         "s",
         "-",
     ),
-    ("pruned, int4",): ("pruned,\nint4", PURPLE, "D", "-."),
+    _FAR_BELOW: ("pruned,\nint4", PURPLE, "D", "-."),
 }
 
 
@@ -202,17 +203,18 @@ def _few_bits(found: Comparison, task: str) -> dict[tuple[str, ...], list[tuple[
 
 def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     drawn = _few_bits(found, task)
-    dense = found.cell(task, "dense", None).score
-    ours = [score for methods, points in drawn.items() if methods[0] != "pruned, int4" for _, score in points]
-    floor = _floor([dense.value, *ours])
+    dense = found.cell(task, *DENSE)
+    value, half = dense.score.value, dense.score.half
+    scores = [score for methods, points in drawn.items() if methods != _FAR_BELOW for _, score in points]
+    floor = _floor([value, *scores])
     shown = {
         methods: [(bits, max(score, floor)) for bits, score in points] for methods, points in drawn.items()
     }
-    heights = [score for points in shown.values() for _, score in points] + [dense.value]
+    heights = [score for points in shown.values() for _, score in points] + [value]
     gap = (max(heights) - min(heights) or 1.0) / 16
     budgets = sorted(found.ratios)
-    axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
-    axes.axhline(dense.value, color="0.2", linewidth=1.5)
+    axes.axhspan(value - half, value + half, color="0.9", linewidth=0)
+    axes.axhline(value, color="0.2", linewidth=1.5)
     labels: list[_Label] = []
     for methods, points in shown.items():
         name, colour, marker, line = _FEW_BITS[methods]
@@ -222,14 +224,12 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
         last = drawn[methods][-1][1]
         below = f" {last:.0f} ↓" if last < floor else ""
         labels.append(_Label(name + below, colour, points[-1]))
-    axes.text(
-        budgets[-1], dense.value, f"dense {dense.value:.1f} ± {dense.half:.1f}", va="bottom", fontsize=12
-    )
+    axes.text(budgets[-1], value, f"dense {value:.1f} ± {half:.1f}", va="bottom", fontsize=12)
     _write(axes, labels, budgets[0] / 1.08, gap, "left")
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
     _logarithmic(axes, {bits: f"{bits:g}" for bits in budgets})
     axes.set_xlim(budgets[-1] * 1.06, budgets[0] / 1.5)
-    axes.set_ylabel(found.cell(task, "dense", None).rows[0]["metric"])
+    axes.set_ylabel(dense.rows[0]["metric"])
 
 
 def _look(size: int) -> Any:

@@ -15,8 +15,7 @@ Methods, all with the same number of recovery steps, batches, teacher and losses
 Plain rounding meets every budget; that of 2 bits in two ways, with 2 bits and a scale for 384 values, or ternary with one for 40. What an
 entry really came to stands in its row: `layer_compression` of its last step, from 32 bits.
 
-Where it is close, from 2 bits down, the methods in question have three seeds on STS-B: another seed, or the same one in another precision,
-moves a score here by up to two points.
+Where it is close, from 2 bits down, the methods in question have three seeds on STS-B.
 """
 
 from collections.abc import Iterator

@@ -76,7 +76,7 @@ def _tensor(model: "PreTrainedModel", name: str) -> str | None:
     return None if owner is None else f"{owner}.{attribute}"
 
 
-def check_names(model: "PreTrainedModel", files: list[Path]) -> None:
+def check(model: "PreTrainedModel", files: list[Path]) -> None:
     """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a
     difference.
 

@@ -152,7 +152,7 @@ class StackcompQuantizer(HfQuantizer):
             names.Omit(frozenset(names.pairs(model, config.shared)))
         )
         if files:
-            names.check_names(model, files)
+            names.check(model, files)
         if config.coded and checkpoint_files:
             folder = Path(mkdtemp())
             self._expanded = finalize(self, rmtree, folder, ignore_errors=True)  # also where the load fails
