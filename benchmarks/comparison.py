@@ -168,25 +168,25 @@ class Comparison:
     def difference(self, first: Asked, second: Asked) -> Estimate | None:
         """Score of one (method, ratio) minus that of another: the mean over tasks of the mean over seeds that both have.
 
-        The interval is a t-interval over the pairs of task and seed, each task weighing the same; of a single pair, the
-        bootstrap noise. None where there is no pair.
+        The interval is that of the mean over these very tasks: what a method gives differs from task to task, and that is no noise. It is
+        a t-interval over the pairs of a task and seed around the mean of their task, each task weighing the same; where no task has two
+        pairs, the bootstrap noise. None where there is no pair.
         """
-        found = {task: self._pairs(task, first, second) for task in self.tasks}
-        found = {task: pairs for task, pairs in found.items() if pairs}
+        found = [pairs for task in self.tasks if (pairs := self._pairs(task, first, second))]
         if not found:
             return None
-        pairs = [pair for some in found.values() for pair in some]
-        gaps = [mine["score"] - other["score"] for mine, other in pairs]
-        weights = [1 / (len(found) * len(some)) for some in found.values() for _ in some]
-        value = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True))
-        if len(pairs) > 1:
-            spread = sqrt(sum((gap - value) ** 2 for gap in gaps) / (len(gaps) - 1))
-            half = _t(len(gaps) - 1) * spread * hypot(*weights)
+        gaps = [[mine["score"] - other["score"] for mine, other in pairs] for pairs in found]
+        weights = [1 / (len(found) * len(pairs)) for pairs in found for _ in pairs]
+        freedom = len(weights) - len(found)
+        if freedom:
+            around = [gap - fmean(some) for some in gaps for gap in some]
+            half = _t(freedom) * hypot(*around) / sqrt(freedom) * hypot(*weights)
         else:  # both are compared with the same dense model, which has no difference to itself
-            half = hypot(
-                *(row["difference_noise"] for row in pairs[0] if row["labels"]["method"] != DENSE[0])
-            )
-        return Estimate(value=value, half=half, count=len(pairs), tasks=len(found))
+            rows = [row for pairs in found for pair in pairs for row in pair]
+            noises = [row["difference_noise"] for row in rows if row["labels"]["method"] != DENSE[0]]
+            half = hypot(*noises) / len(found)
+        value = fmean(fmean(some) for some in gaps)
+        return Estimate(value=value, half=half, count=len(weights), tasks=len(found))
 
     def curve(self, task: str, method: str) -> Curve:
         """The means over seeds of a method's ratios; empty unless all of them have rows."""

@@ -38,8 +38,9 @@ READING = """\
 *Encoder* is the compression of the encoder's linear weights with every index counted; *file* that of the whole file. A score is
 the mean over seeds, with their number behind it. All intervals are of 95%. That of a score is a t-interval over seeds, or, where there
 is one seed, the bootstrap noise of its test examples. *vs dense* is the mean over tasks of the score minus that of the dense model of
-the same seed. Its interval is a t-interval over all pairs of task and seed, in which each task weighs the same, or, where there is one
-pair, the paired bootstrap noise. Pairs of one task share their test examples, so the true doubt is rather larger."""
+the same seed. Its interval is that of the mean over these tasks, and not of what a further task would give: a t-interval over seeds,
+each pair of task and seed taken around the mean of its task; where no task has two pairs, the paired bootstrap noise. Pairs of one task
+share their test examples, so the true doubt is rather larger."""
 
 
 @cache
