@@ -15,9 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
+from stackcomp.core.files import disk_is_full
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
+
+PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+)  # of a path that was given badly
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
         return 0
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        print(f"stackcomp: {error}: give another place, or the right to write there", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except KeyboardInterrupt:
+        print(
+            f"stackcomp: interrupted; run the same command again{options.again} to go on from the last finished pass",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in PLACE:
+            print(f"stackcomp: {error}: give another place, or the right to write there", file=sys.stderr)
+            return 2
+        if not disk_is_full(error):
             raise
         print(
             "stackcomp: the disk is full; nothing is half-written: free some space, then run the same command again"
@@ -43,12 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        print(
-            f"stackcomp: interrupted; run the same command again{options.again} to go on from the last finished pass",
-            file=sys.stderr,
-        )
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--factors",
         action="store_true",
-        help="keep products of two matrices where these are cheaper than the whole: faster, and still a checkpoint of stackcomp",
+        help="keep products of two matrices where they are cheaper: faster; `transformers` loads them after `import stackcomp`",
     )
     command.set_defaults(command=_unpack)
 
@@ -334,7 +345,9 @@ def _unpack(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from stackcomp.core import ledger
 
-    path = options.directory / "ledger.json"
+    path = options.directory / ledger.RUNNING
+    if not path.is_file():
+        path = options.directory / "ledger.json"
     if not path.is_file():
         raise CheckpointError(
             f"{options.directory} holds no ledger.json: give a folder that `stackcomp run` wrote"

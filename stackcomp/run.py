@@ -121,7 +121,7 @@ class Run:
                     shutil.rmtree(self._folder(step), ignore_errors=True)
                     self._make(step)
                 ledger = ledger.with_row(replace(self._row(step), measured=self._measured(step)))
-            write_atomic(self.out / "ledger.json", json.dumps(ledger.to_json(), indent=1))
+            write_atomic(self.out / ledgers.RUNNING, json.dumps(ledger.to_json(), indent=1))
         self._publish(ledger)
         last = len(self.passes)
         return Result(
@@ -180,7 +180,7 @@ class Run:
         """Remove the steps of another pipeline from the run's own folder."""
         ours = {self._folder(step) for step in range(len(self.passes) + 1)}
         for folder in (self.out / "steps").iterdir():
-            if folder not in ours:
+            if folder.is_dir() and folder not in ours:
                 shutil.rmtree(folder)
 
     @contextmanager
@@ -438,6 +438,7 @@ class Run:
     def _publish(self, ledger: Ledger) -> None:
         """Put the last step's files into `out` itself."""
         checkpoint.publish(self._folder(len(self.passes)), self.out, ledger=ledger.to_json())
+        (self.out / ledgers.RUNNING).unlink()
         shutil.rmtree(self.out / "scratch", ignore_errors=True)
 
 

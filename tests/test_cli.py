@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import stackcomp as sc
 from stackcomp.cli import main
 from tests import toys
 
@@ -131,6 +132,27 @@ def test_run_leaves_a_model_that_show_explains_and_resume_continues(tmp_path, ca
     assert ledger["rows"][-1]["size_bytes"] == len(weights)
 
 
+def test_a_run_that_fails_on_top_of_a_finished_one_leaves_it_whole_and_is_shown(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["run", file(tmp_path, RUN), "--out", str(out)]) == 0
+    longer = RUN.replace("Int8Weights())", "Int8Weights(), sc.Distill(steps=4, learning_rate=1e30))")
+    assert longer != RUN
+    assert main(["run", file(tmp_path, longer), "--out", str(out), "--resume"]) == 2
+    assert "BadWeights" in capsys.readouterr().err
+    sc.load(out)
+    assert main(["show", str(out), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 3
+    assert main(["run", file(tmp_path, RUN), "--out", str(out), "--resume"]) == 0
+    assert not (out / "running.json").exists()
+
+
+def test_what_the_system_left_among_the_steps_is_passed_over(tmp_path):
+    out = tmp_path / "out"
+    assert main(["run", file(tmp_path, RUN), "--out", str(out)]) == 0
+    (out / "steps" / ".DS_Store").write_text("")
+    assert main(["run", file(tmp_path, RUN), "--out", str(out), "--resume"]) == 0
+
+
 def test_unpack_writes_what_transformers_reads_alone(tmp_path, capsys):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -151,9 +173,16 @@ def test_unpack_writes_what_transformers_reads_alone(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_full_disk_is_said_with_the_way_out(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_with_the_way_out(tmp_path, capsys, monkeypatch, error):
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("os.fsync", full)
     assert main(["run", file(tmp_path, RUN), "--out", str(tmp_path / "out")]) == 1

@@ -8,6 +8,7 @@ forbids, in any form the weight may have by then.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import count
 from typing import TYPE_CHECKING
 
 from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused, StackcompError
@@ -16,6 +17,8 @@ from stackcomp.core.plan import Form, Plan, PlannedWeight, form, spell_form
 
 if TYPE_CHECKING:
     from stackcomp.core.passes import Pass
+
+TRIED = 5000  # steps that are tried for a legal order: about three seconds on a model of six layers
 
 
 class Need(StrEnum):
@@ -123,17 +126,24 @@ def legal(passes: Sequence["Pass"], plan: Plan) -> bool:
 
 
 def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | None:
-    """A legal order of the same passes, the first one in the order of declaration; None when there is
-    none."""
+    """A legal order of the same passes, the first one in the order of declaration; None when there is none, or none is found in
+    `TRIED` steps."""
+    blind = set[tuple[tuple[int, ...], Plan]]()  # what is left to do there cannot be done; passes by identity
+    tried = count()
 
     def search(
         done: tuple["Pass", ...], rest: tuple["Pass", ...], current: Plan
     ) -> tuple["Pass", ...] | None:
         if not rest:
             return done
+        place = tuple(map(id, rest)), current
+        if place in blind:
+            return None
         for index, step in enumerate(rest):
             if step in rest[:index]:
                 continue
+            if next(tried) >= TRIED:
+                return None
             try:
                 following = _follow(step, current)
             except StackcompError:  # its globs or settings do not fit what is left by then
@@ -142,6 +152,7 @@ def legal_order(passes: Sequence["Pass"], plan: Plan) -> tuple["Pass", ...] | No
                 found = search((*done, step), rest[:index] + rest[index + 1 :], following)
                 if found is not None:
                     return found
+        blind.add(place)
         return None
 
     return search((), tuple(passes), plan)
@@ -215,7 +226,9 @@ def _refusal(passes: Sequence["Pass"], plans: Sequence[Plan], index: int) -> str
         lines.append(f"  it {what} on the {part} of {_some(ids)}{culprit}")
     order = legal_order(passes, plans[0])
     if order is None:
-        lines.append("  no order of these passes is legal: drop one, or keep them apart with only= and skip=")
+        lines.append(
+            "  no legal order of these passes was found: drop one, or keep them apart with only= and skip="
+        )
     else:
         lines.append("  a legal order: " + " -> ".join(str(item) for item in order))
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""Files that are whole or absent: temporary name, fsync, rename. And a lock that dies with its process."""
+"""Files that are whole or absent: temporary name, fsync, rename. A lock that dies with its process. And what a full disk looks like."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from stackcomp.core.errors import OutputInUse
 
 _TEMPORARY = ".partial-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -86,6 +88,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether this error, or one that it came of, says that there is no space left; libraries that write from other languages say so in
+    their own words only."""
+    line: BaseException | None = error
+    while line is not None:
+        known = isinstance(line, OSError) and line.errno in _FULL
+        if known or any(os.strerror(number) in str(line) for number in _FULL):
+            return True
+        line = line.__cause__ or line.__context__
+    return False
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stackcomp.core.errors import CheckpointError
 
 LEFT_DENSE = "left dense"  # how a finding begins of a layer that a pass left as it was
 FORMAT = 1
+RUNNING = "running.json"  # the ledger of a run until it ends, beside what an earlier run left in the folder
 
 
 @dataclass(frozen=True, kw_only=True)

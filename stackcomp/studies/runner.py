@@ -8,9 +8,9 @@
 The rows alone say what is done. What no entry still to run can want is removed as soon as that is known.
 """
 
-import errno
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ from typing import Any
 from stackcomp import checkpoint
 from stackcomp.core import manifest
 from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty
-from stackcomp.core.files import locked, write_atomic
+from stackcomp.core.files import disk_is_full, locked, write_atomic
 from stackcomp.core.ledger import Ledger
 from stackcomp.core.selection import nearest
 from stackcomp.core.settings import within
@@ -37,8 +37,11 @@ PATIENCE = 2.0  # seconds between looks at entries that another process runs
 
 
 def say(text: str) -> None:
-    """A line of progress, at once."""
-    print(text, flush=True)
+    """A line of progress, at once. Where nobody reads any more (`| head`), the work goes on unheard."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,7 @@ class Runner:
 
         def want(entry: Entry) -> None:
             found[entry.key] = entry
-            if entry.parent is not None and not self._is_kept(entry.parent):
+            if entry.parent is not None and not self._is_kept(entry.parent, done):
                 want(entry.parent)
 
         for entry in entries:
@@ -190,15 +193,16 @@ class Runner:
     def _settle(self, entry: Entry, *, for_its_model: bool = False) -> bool:
         """See to it that `entry` has its row, or its result too; False when another process is at it."""
         parent = entry.parent
-        ready = parent is None or parent.key in self.failed() or self._is_kept(parent)
+        ready = parent is None or parent.key in self.failed() or self._is_kept(parent, self.finished())
         if parent is not None and not ready and not self._settle(parent, for_its_model=True):
             return False
         with self._held(entry) as ours:
             if ours:
-                known = self.finished().get(entry.key)
+                done = self.finished()
+                known = done.get(entry.key)
                 if entry.key in self.failed():
                     return True
-                if known is None or (for_its_model and not self._is_kept(entry)):
+                if known is None or (for_its_model and not self._is_kept(entry, done)):
                     self._run(entry, known)
         return ours
 
@@ -207,7 +211,7 @@ class Runner:
         try:
             ledger = self._ledger(entry)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if disk_is_full(error):
                 raise
             said = {"type": type(error).__name__, "message": str(error)}
             if known is None:
@@ -268,9 +272,9 @@ class Runner:
     def _folder(self, entry: Entry) -> Path:
         return self.out / "entries" / entry.slug
 
-    def _is_kept(self, entry: Entry) -> bool:
-        """Whether the entry's result is there to start from."""
-        return checkpoint.is_ours(self._folder(entry))
+    def _is_kept(self, entry: Entry, finished: Mapping[str, Row]) -> bool:
+        """Whether the entry's result is there to start from; without its row it may be one of before the data changed."""
+        return entry.key in finished and checkpoint.is_ours(self._folder(entry))
 
     def _chain(self, entry: Entry) -> list[str]:
         """Names in the cache of the steps of `entry`; none before it first ran."""

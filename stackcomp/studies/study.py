@@ -22,6 +22,8 @@ from stackcomp.manager import check
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
 
+LONGEST = 100  # characters of a key in the name of a folder
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
@@ -129,8 +131,9 @@ class Entry:
 
     @cached_property
     def slug(self) -> str:
-        """The name of the entry's folder: its key, and a digest of what it asks for."""
-        return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.key)}-{digest([self.key, self.asked])[:8]}"
+        """The name of the entry's folder: its key, as far as file names go, and a digest of what it asks for."""
+        asked = digest([self.key, self.asked, self.task_digest])
+        return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.key)[:LONGEST]}-{asked[:8]}"
 
     @property
     def _origin(self) -> Any:

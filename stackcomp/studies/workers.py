@@ -4,7 +4,6 @@ Each worker walks the whole study. What is done stands in the rows and what is u
 worker that dies takes nothing with it: its lock is free at once, and whoever comes by goes on from its last finished pass.
 """
 
-import errno
 import multiprocessing
 import os
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stackcomp.core.errors import MissingNeed
+from stackcomp.core.files import disk_is_full
 from stackcomp.core.settings import whole
 from stackcomp.studies.rows import Rows
 from stackcomp.studies.runner import Runner, say
@@ -142,8 +142,8 @@ def _work_here(job: Job, name: str) -> None:
         _work(job, name)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not disk_is_full(error):
             raise
         say(f"{name}: the disk is full; nothing is half-written")
         raise SystemExit(1) from None

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from stackcomp.core import contract
 from stackcomp.core.contract import Contract, legal, legal_order, predict, verify
 from stackcomp.core.errors import ContractBroken, NothingToCompress, PipelineRefused
 from stackcomp.core.facts import Fact, facts
@@ -47,6 +48,8 @@ class Split(Quiet):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Train(Quiet):
+    steps: int = 1
+
     @property
     def contract(self):
         return Contract(trains=True)
@@ -97,8 +100,15 @@ def test_a_refusal_names_step_layers_fact_culprit_and_a_legal_order():
 
 
 def test_a_refusal_without_a_legal_order_says_so():
-    with pytest.raises(PipelineRefused, match="no order of these passes is legal"):
+    with pytest.raises(PipelineRefused, match="no legal order of these passes was found"):
         predict((Round(), Round()), MODEL)
+
+
+def test_many_passes_without_a_legal_order_are_refused_soon(monkeypatch):
+    """All orders of ten passes would be some ten million steps."""
+    assert legal_order((Round(), *(Train(steps=count) for count in range(1, 9)), Round()), MODEL) is None
+    monkeypatch.setattr(contract, "TRIED", 2)
+    assert legal_order((Round(), Train(), Split()), MODEL) is None  # there is one, beyond so few steps
 
 
 def test_what_may_be_true_is_refused_as_well():

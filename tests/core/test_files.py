@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -5,7 +6,7 @@ import sys
 import pytest
 
 from stackcomp.core.errors import OutputInUse
-from stackcomp.core.files import locked, remove_partial, whole_folder, write_atomic
+from stackcomp.core.files import disk_is_full, locked, remove_partial, whole_folder, write_atomic
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path, monkeypatch):
@@ -55,3 +56,18 @@ def test_a_lock_is_refused_to_others_and_dies_with_its_process(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     with locked(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+def test_a_full_disk_is_known_in_whatever_words_it_is_told():
+    def raised(error, cause=None):
+        try:
+            raise error from cause
+        except type(error) as found:
+            return found
+
+    full = OSError(errno.ENOSPC, "anything")
+    told = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (full, OSError(errno.EDQUOT, "anything"), told, raised(ValueError("no luck"), full)):
+        assert disk_is_full(error)
+    assert not disk_is_full(OSError(errno.EACCES, "Permission denied"))
+    assert not disk_is_full(raised(RuntimeError("no luck"), ValueError("no space in a key")))

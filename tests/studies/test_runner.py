@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,8 @@ from stackcomp import checkpoint, metrics
 from stackcomp.cli import main
 from stackcomp.core.errors import CheckpointError, OutputInUse, PipelineRefused, SelectionEmpty, SettingError
 from stackcomp.studies import Rows, Runner
-from tests.studies.counted import Broken, Prune, Round, applied, entry, study
+from tests import toys
+from tests.studies.counted import Broken, Prune, Round, Train, applied, entry, study
 
 
 @pytest.fixture
@@ -177,6 +179,34 @@ study = made({folder!r})
 """
 
 
+def test_a_model_of_before_its_row_was_removed_or_its_task_declared_anew_is_not_started_from(
+    run, folder, tmp_path
+):
+    def made(*, max_length):
+        task = toys.classification_task()
+        tuned = entry(
+            "tuned", folder, Train(steps=2, batch_size=4), task=replace(task, max_length=max_length)
+        )
+        pruned = entry("pruned", tuned, Prune(), task=task)
+        rounded = entry("rounded", tuned, Round(), task=task)
+        return sc.Study(name="toy", entries=(tuned, pruned, rounded))
+
+    run(made(max_length=16), only=("pruned", "tuned"))
+    run(made(max_length=4), only=("rounded",))
+    assert applied() == ["Train", "Prune", "Train", "Round"]
+    rows = Rows(name="toy", folder=tmp_path / "results")
+    rows.remove({"tuned", "pruned"})
+    run(made(max_length=4), only=("pruned",))
+    assert {row["key"] for row in rows.read()} == {"tuned", "pruned", "rounded"}
+    inputs = {row["key"]: row["input_fingerprint"] for row in rows.read()}
+    assert inputs["pruned"] == inputs["rounded"]
+
+
+def test_a_key_of_any_length_has_a_folder(run, folder):
+    long = entry("x" * 400, folder, Prune())
+    assert run(sc.Study(name="toy", entries=(long,)))[0] == 0
+
+
 @pytest.fixture
 def command(folder, tmp_path):
     """The arguments that run the toy study from a file."""
@@ -185,12 +215,12 @@ def command(folder, tmp_path):
     return ["study", str(tmp_path / "mine.py"), *places]
 
 
-def start(command, **environment):
+def start(command, stderr=subprocess.STDOUT, **environment):
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "stackcomp.cli", *command],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
     )
 
@@ -204,6 +234,13 @@ def test_killed_in_the_middle_and_run_again(command, tmp_path):
     assert [row["key"] for row in Rows(name="toy", folder=tmp_path / "results").read()] == ["tuned"]
     assert main(command) == 0
     assert applied() == ["Train", "Prune", "Prune", "Round"]
+    assert len(Rows(name="toy", folder=tmp_path / "results").read()) == 3
+
+
+def test_without_a_reader_the_study_goes_on(command, tmp_path):
+    process = start(command, stderr=subprocess.DEVNULL)
+    process.stdout.close()
+    assert process.wait() == 0
     assert len(Rows(name="toy", folder=tmp_path / "results").read()) == 3
 
 
