@@ -16,7 +16,14 @@ from stackcomp import checkpoint, nn
 from stackcomp.core import contract, headers
 from stackcomp.core.context import Progress
 from stackcomp.core.contract import Need
-from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty, SettingError, UnsupportedModel
+from stackcomp.core.errors import (
+    CheckpointError,
+    MissingNeed,
+    OutputInUse,
+    SelectionEmpty,
+    SettingError,
+    UnsupportedModel,
+)
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
@@ -95,6 +102,8 @@ class PassManager:
         plans = contract.predict(pipeline.flat(), plan_of(source))
         tokenizer = self._tokenizer()
         self._check_needs(pipeline, tokenizer)
+        if self.task is not None:
+            _check_fits(source, self.task)
         nn.check_finite(source)
         out = Path(self.out)
         self._claim(out, resume)
@@ -120,11 +129,16 @@ class PassManager:
 
     def _check_types(self, pipeline: Any) -> None:
         """Refuse what a typo gives: a task by name, a pass class, a path where none belongs."""
-        from stackcomp.data.task import Task
+        from transformers import PreTrainedTokenizerBase
 
         _check_pipeline(pipeline)
-        if self.task is not None and not isinstance(self.task, Task):
-            raise SettingError(f"task={self.task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
+        _check_task(self.task)
+        if self.tokenizer is not None and not isinstance(
+            self.tokenizer, PreTrainedTokenizerBase | str | Path
+        ):
+            raise SettingError(
+                f"tokenizer={self.tokenizer!r} is no tokenizer: give one of transformers, or where to load it from"
+            )
         if not isinstance(self.out, str | Path) or not str(self.out):
             raise SettingError(f"out={self.out!r} is no folder: give a path")
         if self.calibration is not None and (isinstance(self.calibration, str) or not self.calibration):
@@ -206,6 +220,34 @@ def _check_pipeline(pipeline: Any) -> None:
         raise SettingError(f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())")
 
 
+def _check_task(task: Any) -> None:
+    from stackcomp.data.task import Task
+
+    if task is not None and not isinstance(task, Task):
+        raise SettingError(f"task={task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
+
+
+def _check_fits(model: "PreTrainedModel", task: "Task") -> None:
+    """Refuse a model that cannot be scored on the task: without its head, with too few classes, or with too few positions."""
+    kind = type(model).__name__
+    if task.kind != "similarity" and model.base_model is model:
+        raise UnsupportedModel(
+            f"{kind} has no head for task {task.name!r}: load the model as {task.auto_class}"
+        )
+    outputs, wanted = model.config.num_labels or 0, task.num_labels
+    few = outputs < wanted if task.kind == "classification" else outputs != wanted
+    if task.kind in ("classification", "regression") and few:
+        raise UnsupportedModel(
+            f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
+        )
+    for name, places in nn.position_tables(model).items():
+        if task.max_length > places:
+            raise SettingError(
+                f"task {task.name!r}: max_length={task.max_length} is more than the {places} positions of {name}: "
+                f"give max_length={places} or less"
+            )
+
+
 def _check_device(device: Any) -> None:
     """Refuse a device that torch does not know, or that this machine does not have."""
     import torch
@@ -227,10 +269,36 @@ def _hush() -> None:
 
 def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
     """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of
-    `task`."""
+    `task`. Raises UnsupportedModel where there is none, or of another shape, CheckpointError for one that lacks weights."""
     if checkpoint.is_ours(source):
         return checkpoint.load(source)
-    return _auto_class(task).from_pretrained(source, **_heads(task))
+    heads = _heads(task)
+    try:
+        model, report = _auto_class(task).from_pretrained(source, output_loading_info=True, **heads)
+    except RuntimeError as error:  # of weights, or of a head, of another shape
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"{source}: its weights are of other shapes than {_auto_class(task).__name__} has with {heads or 'its config'}: give the model "
+            "that belongs to the task, or one without a head"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
+        ) from error
+    # what a checkpoint without the task's head lacks is drawn at random, as it should be: anything else would be, too
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = sorted(name for name in report["missing_keys"] if name.startswith(prefix) and "pooler" not in name)
+    if lost:
+        raise CheckpointError(
+            f"{source}: {len(lost)} tensors of the model are not in its files ({', '.join(lost[:3])}, ...): its config says more than "
+            "was saved; copy or download it again"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
@@ -238,11 +306,12 @@ def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel"
     import torch
     from transformers import AutoConfig
 
+    _check_task(task)
     if checkpoint.is_ours(source):
         return checkpoint.load(source)
     config = AutoConfig.from_pretrained(source, **_heads(task))
     with torch.device("meta"):
-        return _auto_class(task).from_config(config, dtype=config.dtype or torch.float32)
+        return _auto_class(task).from_config(config, dtype=getattr(torch, headers.coding_of(source)))
 
 
 def _auto_class(task: "Task | None") -> Any:

@@ -134,27 +134,28 @@ class Run:
     def _chain(self) -> list[str]:
         """Fingerprints of the model as it came and after every pass."""
         config = self.source.config.to_dict()
-        tokenizer = self.tokenizer.get_vocab() if self.tokenizer is not None else None
         chain = [
             fingerprint.digest(
                 {
                     "weights": nn.weights_digest(self.source),
                     "config": {name: value for name, value in config.items() if name not in UNTOLD},
-                    "tokenizer": tokenizer,
+                    "tokenizer": None if self.tokenizer is None else data.identity(self.tokenizer),
                 }
             )
         ]
         machine = self._machine
         for item in self.passes:
-            data = self._data_digest if item.contract.needs else "none"
-            chain.append(fingerprint.link(chain[-1], item, seed=self.seed, data=data, machine=machine))
+            read = self._data_digest if item.contract.needs else "none"
+            chain.append(fingerprint.link(chain[-1], item, seed=self.seed, data=read, machine=machine))
         return chain
 
     @cached_property
     def _data_digest(self) -> str:
         """Digest of everything the passes may read beside the model."""
         task = self.task.digest() if self.task is not None else None
-        return fingerprint.digest({"task": task, "calibration": self.calibration})
+        return fingerprint.digest(
+            {"task": task, "calibration": None if self.calibration is None else list(self.calibration)}
+        )
 
     @cached_property
     def _machine(self) -> dict[str, Any]:

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
 import stackcomp as sc
 from stackcomp import checkpoint, metrics, nn
+from stackcomp.core.context import quiet
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import (
     BadWeights,
@@ -96,6 +98,62 @@ def test_a_glob_that_matches_nothing_is_refused(model, tokenizer, tmp_path):
         manager(tmp_path / "out", tokenizer).run(model, sc.Int8Weights(only="decoder.*"))
 
 
+def test_a_model_that_does_not_fit_the_task_is_refused_before_anything_is_written(tokenizer, tmp_path):
+    labelled = toys.classification_task()
+    scored = sc.tasks.regression(
+        {"train": [{"text": "a film", "label": 0.5}]}, name="scored", test="train", max_length=16
+    )
+    three = toys.classifier("bert", num_labels=3)
+    three.save_pretrained(tmp_path / "three")
+    for model, task, said in (
+        (toys.make("bert"), labelled, "no head for task 'toy': load the model as AutoModelForSequence"),
+        (toys.classifier("bert", num_labels=1), labelled, "has 1 outputs, and task 'toy' wants 2"),
+        (three, scored, "has 3 outputs, and task 'scored' wants 1"),
+        (tmp_path / "three", labelled, "three: its weights are of other shapes"),
+        (tmp_path / "none", labelled, "none: transformers finds no model there"),
+        (toys.classifier("roberta"), replace(labelled, max_length=40), "more than the 39 positions"),
+    ):
+        with pytest.raises(sc.errors.StackcompError, match=said):
+            sc.PassManager(out=tmp_path / "out", task=task, tokenizer=tokenizer).run(model, sc.Int8Weights())
+    assert not (tmp_path / "out").exists()
+    for model, task in ((three, labelled), (toys.classifier("roberta"), replace(labelled, max_length=39))):
+        sc.manager._check_fits(model, task)
+
+
+def test_a_model_whose_files_lack_a_layer_is_refused_and_one_without_a_head_is_not(tmp_path):
+    toys.make("bert").save_pretrained(tmp_path / "bare")
+    assert sc.manager.load_model(tmp_path / "bare", toys.classification_task()).classifier
+    config = tmp_path / "bare" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(CheckpointError, match=r"16 tensors .*encoder\.layer\.2\.attention"):
+        sc.manager.load_model(tmp_path / "bare", toys.classification_task())
+
+
+def test_the_size_is_predicted_in_the_dtype_that_is_loaded(model, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16",', ""))
+    assert sc.manager.outline(tmp_path / "model").dtype == torch.bfloat16
+
+
+def test_resume_with_another_tokenizer_or_other_texts_runs_again(model, tokenizer, tmp_path):
+    def run(tokenizer, texts):
+        settings = {"task": toys.classification_task(), "tokenizer": tokenizer, "calibration": texts}
+        made = sc.PassManager(out=tmp_path / "out", **settings, progress=quiet)
+        return made.run(model, sc.LowRank(ratio=1.5), resume=True).ledger.rows[-1].fingerprint
+
+    same = [f"the film is good {i}" for i in range(5)]  # what a column of `datasets` shows of itself
+    texts, others = (Dataset.from_dict({"text": [*same, *[word] * 4]})["text"] for word in ("fine", "bad"))
+    first = run(tokenizer, texts)
+    tokenizer(["the film"], padding=True, truncation=True, max_length=2)  # leaves its mark on the tokenizer
+    assert run(tokenizer, texts) == first
+    assert run(tokenizer, others) != first
+    other = toys.tokenizer()
+    other.backend_tokenizer.post_processor = None
+    assert other.get_vocab() == tokenizer.get_vocab()
+    assert run(other, texts) != first
+
+
 def test_what_is_no_model_is_refused(tokenizer, tmp_path):
     with pytest.raises(UnsupportedModel, match="Linear"):
         manager(tmp_path / "out", tokenizer).run(torch.nn.Linear(3, 3), STACK)
@@ -133,6 +191,7 @@ def test_needs_are_checked_first(model, tokenizer, tmp_path):
         ({"seed": -1}, sc.Int8Weights(), "seed=-1"),
         ({"measuring": {}}, sc.Int8Weights(), "measuring={}"),
         ({"device": "gpu"}, sc.Int8Weights(), "device='gpu' cannot be used"),
+        ({"tokenizer": 5}, sc.Int8Weights(), "tokenizer=5 is no tokenizer"),
         ({"tokenizer": "no/such/folder"}, sc.Int8Weights(), "holds no tokenizer"),
     ],
 )

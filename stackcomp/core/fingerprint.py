@@ -63,7 +63,8 @@ def source_digest(module: str) -> str:
         seen[name] = hashlib.sha256(text.encode()).hexdigest()
         if path.name == "__init__.py" and "." in name:
             waiting += [f"{name}.{inner.stem}" for inner in sorted(path.parent.glob("*.py")) if inner != path]
-        waiting += _imports(text, (name.partition(".")[0], __name__.partition(".")[0]))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += _imports(text, package, (name.partition(".")[0], __name__.partition(".")[0]))
     return digest(seen)
 
 
@@ -83,12 +84,16 @@ def _file(name: str) -> Path | None:
 
 
 @cache
-def _imports(text: str, tops: tuple[str, ...]) -> tuple[str, ...]:
-    """Modules of the packages `tops` that `text` imports, inside functions too."""
+def _imports(text: str, package: str, tops: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of the packages `tops` that `text`, a module of `package`, imports, inside functions too."""
+    inner = tuple(f"{top}." for top in tops)
     found: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [item.name for item in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found += [node.module, *(f"{node.module}.{item.name}" for item in node.names)]
-    return tuple(name for name in found if name.startswith(tuple(f"{top}." for top in tops)))
+            found += [item.name for item in node.names if item.name in tops or item.name.startswith(inner)]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{item.name}" for item in node.names)]
+            found += [name for name in names if name.startswith(inner)]
+    return tuple(found)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stackcomp.core import coding
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
@@ -84,6 +84,16 @@ def plan_of(directory: str | Path) -> Plan:
     return Plan.of([*dense, *compressed], head_features=head_features(config))
 
 
+def coding_of(directory: str | Path) -> Coding:
+    """In which dtype `transformers` loads the model in `directory`: what its config says, or its first tensor in floating point. Raises as
+    `plan_of` does."""
+    config, tensors = _read(directory)
+    said = config.get("dtype") or config.get("torch_dtype")
+    named: dict[Any, Coding] = {name: name for name in CODINGS.values()}
+    found = [named.get(said), *(CODINGS.get(entry["dtype"]) for entry in tensors.values()), CODINGS["F32"]]
+    return next(known for known in found if known is not None)
+
+
 def _others(spec: WeightSpec, shared: Mapping[str, str]) -> list[str]:
     """Other paths at which a plain weight is used, by `shared`: second names of tensors and the first of each."""
     names = [name for name, first in shared.items() if first == f"{spec.id}.weight"]
@@ -95,7 +105,7 @@ def dense_weights(
 ) -> list[WeightSpec]:
     """The dense logical weights among `tensors` (safetensors header entries by name), those `taken` left
     out."""
-    kind = config.get("model_type", "")
+    kind = config.get("model_type") or ""
     if kind not in FAMILIES:
         raise UnsupportedModel(
             f"model_type={kind!r} is not in the table of families ({', '.join(FAMILIES)}; the nearest is {nearest(kind, FAMILIES, 1)}): "
@@ -159,15 +169,17 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} holds no model: config.json and *.safetensors are needed; save it with model.save_pretrained({str(folder)!r})"
         )
     try:
-        config = json.loads((folder / "config.json").read_text("utf8"))
+        config: Any = json.loads((folder / "config.json").read_text("utf8"))
     except ValueError as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: damaged ({error}); copy or save it again"
         ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: damaged (no object); copy or save it again")
     tensors: dict[str, Any] = {}
     for file in files:
         tensors |= read_header(file)[0]
-    return config, tensors
+    return cast("dict[str, Any]", config), tensors
 
 
 def _fetch(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -51,9 +51,16 @@ def read(directory: Path) -> dict[str, Any]:
             f"{path}: format {content.get('format')!r}, this version reads {FORMAT}: install a newer stackcomp, "
             "or save it again"
         )
-    if not isinstance(content.get("files"), dict):
-        raise CheckpointError(f"{path}: damaged (it lists no files); copy or save the checkpoint again")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, cast("dict[str, Any]", files).values())):
+        raise CheckpointError(
+            f"{path}: damaged (what it lists are no files); copy or save the checkpoint again"
+        )
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= cast("dict[str, Any]", entry).keys()
 
 
 def check(directory: Path) -> None:

@@ -17,5 +17,6 @@ from .sources import Package as Package
 from .sources import Rows as Rows
 from .sources import Source as Source
 from .vocabulary import count_pieces as count_pieces
+from .vocabulary import identity as identity
 from .vocabulary import keep_pieces as keep_pieces
 from .vocabulary import places as places

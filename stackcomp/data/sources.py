@@ -90,6 +90,10 @@ def rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
 
     A dictionary in a column becomes a column a key, as in `answers.text`; lists become tuples.
     """
+    for name, part in splits.items():
+        odd = next((row for row in part if not isinstance(row, Mapping)), None)
+        if odd is not None:
+            raise DataError(f"split {name!r}: {odd!r} is no row: give a dictionary, column: value")
     splits = {name: [_frozen(row) for row in part] for name, part in splits.items()}
     columns = tuple(dict.fromkeys(column for part in splits.values() for row in part for column in row))
     frozen = tuple(
@@ -106,8 +110,13 @@ def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, Mapping)
             else {column: value}
         )
-        found |= {name: tuple(part) if isinstance(part, list) else part for name, part in parts.items()}
+        found |= {name: _fixed(part) for name, part in parts.items()}
     return found
+
+
+def _fixed(value: Any) -> Any:
+    """A value that can be compared for good: lists, whatever is in them included, as tuples."""
+    return tuple(map(_fixed, value)) if isinstance(value, list | tuple) else value
 
 
 def files(splits: Mapping[str, str | Path]) -> Files:
@@ -162,13 +171,24 @@ def _load_splits(source: Source, folder: str | None) -> "dict[str, Dataset]":
         return _load_files(source.format, {name: [path] for name, path in source.paths})
     if isinstance(source, Package):
         return {"train": _load_package(source)}
-    import datasets
-
     loaded = {}
     for name, part in source.splits:
-        columns = zip(*part, strict=True) if part else ([] for _ in source.columns)
-        loaded[name] = datasets.Dataset.from_dict(dict(zip(source.columns, map(list, columns), strict=True)))
+        columns = map(list, zip(*part, strict=True)) if part else ([] for _ in source.columns)
+        loaded[name] = _joined(name, dict(zip(source.columns, columns, strict=True)))
     return loaded
+
+
+def _joined(split: str, columns: Mapping[str, list[Any]]) -> "Dataset":
+    import datasets
+
+    for column, values in columns.items():
+        try:
+            datasets.Dataset.from_dict({column: values})
+        except (ValueError, TypeError) as error:  # pyarrow's own are kinds of these
+            raise DataError(
+                f"split {split!r}: the values of column {column!r} are not of one type ({error}): make them so"
+            ) from error
+    return datasets.Dataset.from_dict(dict(columns))
 
 
 def _load_hub(source: Hub, folder: str | None) -> "dict[str, Dataset]":
@@ -215,8 +235,17 @@ def _load_files(kind: str, paths: Mapping[str, Iterable[str]]) -> "dict[str, Dat
         with _quiet():
             loaded: Any = load_dataset(kind, data_files={k: list(v) for k, v in paths.items()}, **options)
             return dict(loaded)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise DataError(f"{kind} files {sorted(paths)} cannot be read: {error}") from error
+    except Exception as error:  # of every kind, StopIteration for an empty file among them
+        named = ", ".join(str(path) for part in paths.values() for path in part)
+        why = (
+            error.__cause__
+            if isinstance(error, DatasetGenerationError) and error.__cause__ is not None
+            else error
+        )
+        said = f"{type(why).__name__}: {why}".rstrip(": ")
+        raise DataError(
+            f"{named}: cannot be read as {kind} ({said}): mend the file, or give one that holds rows"
+        ) from error
 
 
 def _load_squad(path: str) -> "Dataset":

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from stackcomp.core.errors import DataError, SettingError
+from stackcomp.core.settings import whole
 from stackcomp.data.sources import Source, load_splits
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Task:
             raise SettingError(
                 f"task {self.name!r}: text={self.text!r} must name one column, or two for a pair"
             )
+        whole(f"task {self.name!r}: max_length", self.max_length, 2)
         if self.kind == "question_answering" and not 0 <= self.doc_stride < self.max_length:
             raise SettingError(
                 f"task {self.name!r}: doc_stride={self.doc_stride} must be at least 0 and below "
@@ -94,8 +96,6 @@ class Task:
             raise SettingError(
                 f"task {self.name!r}: max_answer_length={self.max_answer_length} must be at least 1 token"
             )
-        if self.max_length < 2:
-            raise SettingError(f"task {self.name!r}: max_length={self.max_length} must be at least 2")
         for role, value in (("selection", self.selection), ("test", self.test)):
             if isinstance(value, int) and value < 1:
                 raise SettingError(
@@ -127,9 +127,20 @@ class Task:
         feature = part.features[label]
         if isinstance(feature, datasets.ClassLabel):
             return tuple(feature.names)
-        values = set(_column(part, label))
+        column = _column(part, label)
+        if any(isinstance(value, list | dict) for value in column):
+            raise DataError(
+                f"task {self.name!r}: column {label!r} holds {column[0]!r}, which is no class: give a number or a name for each text"
+            )
+        values = set(column)
         if any(isinstance(value, str) for value in values):
             return tuple(sorted(map(str, values)))
+        broken = next((value for value in values if value is not None and int(value) != value), None)
+        if broken is not None:
+            raise DataError(
+                f"task {self.name!r}: column {label!r} holds {broken!r}, which is no class: give whole numbers from 0, or names; "
+                "for a score to predict, declare a regression task"
+            )
         top = max((int(value) for value in values if value is not None), default=-1)
         return tuple(str(number) for number in range(top + 1))
 
@@ -367,7 +378,11 @@ class Task:
         names = self.label_names
         numbers = {name: number for number, name in enumerate(names)}
         targets = [
-            numbers.get(value, -1) if isinstance(value, str) else -1 if value is None else int(value)
+            numbers.get(value, -1)
+            if isinstance(value, str)
+            else -1
+            if value is None or int(value) != value
+            else int(value)
             for value in values
         ]
         bad = next((i for i, target in enumerate(targets) if not 0 <= target < len(names)), None)
@@ -431,7 +446,7 @@ def _tokens(
 ) -> dict[str, list[list[int]]]:
     """`tokenizer(texts)`, reading no more of a long text than its first max_length tokens need."""
     ends = options["max_length"] * 8  # characters; words and their pieces are shorter nearly always
-    encoded = dict(tokenizer([text[:ends] for text in texts], **options))
+    encoded = dict(tokenizer([_head(text, ends) for text in texts], **options))
     short = [
         i
         for i, text in enumerate(texts)
@@ -443,6 +458,12 @@ def _tokens(
             for place, i in enumerate(short):
                 rows[i] = whole[key][place]
     return encoded
+
+
+def _head(text: str, characters: int) -> str:
+    """No more of a text than so many characters, and no part of a word; all of it where it has no space by then."""
+    stop = text.rfind(" ", 0, characters) if len(text) > characters else -1
+    return text if stop < 0 else text[:stop]
 
 
 def _nearest(column: str, columns: Sequence[str]) -> str:

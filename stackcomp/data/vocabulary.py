@@ -37,6 +37,23 @@ def count_pieces(
     return Counter({names[id_]: count for id_, count in counts.items()})
 
 
+def identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What the ids of a text depend on, as JSON: of a fast tokenizer all of it but how the last call cut and padded."""
+    settings = {
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "longest": tokenizer.model_max_length,
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+    }
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return {**settings, "vocabulary": tokenizer.get_vocab()}
+    content = json.loads(inner.to_str())
+    return {
+        **settings,
+        "pieces": {name: part for name, part in content.items() if name not in ("truncation", "padding")},
+    }
+
+
 def places(tokenizer: "PreTrainedTokenizerBase", whole: "PreTrainedTokenizerBase") -> list[int]:
     """The ids in `whole` of the pieces of `tokenizer`, which has no others, in the order of its own ids."""
     known = whole.get_vocab()

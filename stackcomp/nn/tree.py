@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALIGNMENT = 64  # bytes: what torch gives its own tensors
+POSITIONS = ("position_embeddings", "wpe")  # what families call them
 PLAIN = (nn.Linear, Conv1D, nn.Embedding)  # by exact type: a subclass may compute something else
 
 
@@ -119,6 +120,16 @@ def align(model: nn.Module) -> None:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
+
+
+def position_tables(model: "PreTrainedModel") -> dict[str, int]:
+    """How many tokens of a text each plain table of learned positions has a place for, by its path: those up to its padding's, as in
+    RoBERTa, are none."""
+    return {
+        path: module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for path, module in model.named_modules()
+        if type(module) is nn.Embedding and path.rpartition(".")[2] in POSITIONS
+    }
 
 
 def check_finite(model: "PreTrainedModel") -> None:

@@ -106,8 +106,8 @@ class Search:
     def cost(self, row: Row) -> float:
         """What is minimised: log2 of the bytes and the points beyond `loss`; or the points lost and the doublings beyond `size_bytes`.
 
-        A row that failed costs infinitely much."""
-        if "error" in row:
+        A row that failed, or has no difference, costs infinitely much."""
+        if not _is_compared(row):
             return inf
         if self.loss is not None:
             return log2(row["size_bytes"]) + max(0.0, _lost(row) - self.loss) / POINT
@@ -116,10 +116,11 @@ class Search:
 
     def reaches(self, row: Row) -> bool:
         """Whether a finished row keeps to the goal's bound."""
-        if self.loss is not None:
-            return _lost(row) <= self.loss
-        assert self.size_bytes is not None
-        return row["size_bytes"] <= self.size_bytes
+        return self.fits(row) if self.loss is None else _lost(row) <= self.loss
+
+    def fits(self, row: Row) -> bool:
+        """Whether a finished row is within the size, where one was asked for."""
+        return self.size_bytes is None or row["size_bytes"] <= self.size_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ class Found:
 def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] = say) -> Found:
     """Search, in the folder `out`, into `rows`; what stands in them already is not run again.
 
-    Raises MissingNeed without Optuna, StudyRefused where no pipeline is legal or all failed, and what `Runner.go` raises.
+    Raises MissingNeed without Optuna, StudyRefused where no pipeline is legal, all failed or the chosen one fails on the test split, and
+    what `Runner.go` raises.
     """
     walk = _Walk(asked, rows, out, tell)
     best = walk.first_rung()
@@ -162,6 +164,11 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
     finished = walk.finished(best)
     choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
     (chosen,) = walk.run([walk.final(choice)]).values()
+    if "error" in chosen:
+        raise StudyRefused(
+            f"search {asked.name!r}: {chosen['key']} failed on the test split ({chosen['error']['type']}: {chosen['error']['message']}): "
+            "mend that, and run the search again, which goes on from there"
+        )
     return Found(
         chosen=chosen,
         searched=searched,
@@ -215,18 +222,22 @@ class _Walk:
         if rung.by == "score":
             return (self._asked.cost(row),)
         error = row.get("output_error")  # none where it failed
-        return (inf, inf) if error is None else (log2(row["size_bytes"]), error)
+        if error is None:
+            return inf, inf
+        return log2(row["size_bytes"]), error if self._asked.fits(row) else inf
 
     def row(self, choice: Choice) -> Row:
         """The row of a pipeline in the last rung that ran it."""
         return self._latest[choice]
 
     def finished(self, choices: Sequence[Choice]) -> list[tuple[Choice, Row]]:
-        """Those of `choices` that did not fail, with their rows. Raises StudyRefused when all of them did."""
-        found = [(choice, row) for choice in choices if "error" not in (row := self.row(choice))]
+        """Those of `choices` that did not fail, with their rows. Raises StudyRefused when all of them did, or none can be compared with
+        the model as it came."""
+        found = [(choice, row) for choice in choices if _is_compared(row := self.row(choice))]
         if not found:
             raise StudyRefused(
-                f"search {self._asked.name!r}: every pipeline of a rung failed; see {self._rows.path}"
+                f"search {self._asked.name!r}: every pipeline of a rung failed, or cannot be compared with the model as it came (as "
+                f"perplexity over another vocabulary cannot); see {self._rows.path}"
             )
         return found
 
@@ -281,7 +292,7 @@ class _Walk:
         study = Study(name=self._asked.name, entries=(*line, *entries))
         keys = {entry.key for entry in entries}
         known = {row["key"]: row for row in self._rows.read()}
-        if not all(entry.key in known and entry.made(known[entry.key]) for entry in entries):
+        if not all(entry.key in known and entry.is_done(known[entry.key]) for entry in entries):
             # what all rungs start from, and what is chosen from
             last = (entry for entry in entries if entry.labels["rung"] == len(self._asked.rungs))
             kept = frozenset(entry.key for entry in (*line, *last))
@@ -329,6 +340,11 @@ def _ranked(costs: Mapping[Choice, Costs]) -> list[Choice]:
 def _finite(costs: Costs) -> Costs:
     """Costs as Optuna takes them."""
     return tuple(min(cost, 1e9) for cost in costs)
+
+
+def _is_compared(row: Row) -> bool:
+    """Whether a row is finished and tells a difference to the model as it came: perplexities over two vocabularies have none."""
+    return "error" not in row and row["difference"] is not None
 
 
 def _lost(row: Row) -> float:

@@ -1,5 +1,7 @@
 import sys
 
+import pytest
+
 import stackcomp as sc
 from stackcomp.core import fingerprint
 
@@ -20,13 +22,26 @@ def test_everything_a_result_depends_on_changes_it():
     assert len({first, *others}) == 1 + len(others)
 
 
-def test_the_source_digest_follows_imports(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def go():\n    from madeup.b import x\n",
+        "import madeup.b\n",
+        "from madeup import b\n",
+        "from .b import x\n",
+        "from . import b\n",
+        "from .inner import z\n",
+    ],
+)
+def test_the_source_digest_follows_imports(tmp_path, monkeypatch, text):
     package = tmp_path / "madeup"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("def go():\n    from madeup.b import x\n")
+    (package / "a.py").write_text(text)
     (package / "b.py").write_text("x = 1\n")
     (package / "c.py").write_text("y = 1\n")
+    (package / "inner").mkdir()
+    (package / "inner" / "__init__.py").write_text("from ..b import x as z\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def digest():
@@ -42,8 +57,9 @@ def test_the_source_digest_follows_imports(tmp_path, monkeypatch):
     fingerprint.source_digest.cache_clear()
 
 
-def test_a_pass_of_another_package_follows_what_it_imports_of_ours(tmp_path, monkeypatch):
-    (tmp_path / "outsider.py").write_text("from stackcomp.core.settings import within\n")
+@pytest.mark.parametrize("text", ["from stackcomp.core.settings import within\n", "import stackcomp as sc\n"])
+def test_a_pass_of_another_package_follows_what_it_imports_of_ours(tmp_path, monkeypatch, text):
+    (tmp_path / "outsider.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     found, other = fingerprint._file, tmp_path / "other.py"
     other.write_text("within = print\n")

@@ -83,6 +83,28 @@ def test_long_texts_are_cut_without_reading_them_whole(tokenizer) -> None:
     assert rows["input_ids"][:] == tokenizer([long, padded], truncation=True, max_length=10)["input_ids"]
 
 
+def test_no_word_is_cut_where_a_long_text_is(tokenizer) -> None:
+    """The head of a text ends in half a word, which is another word."""
+    text = "a " * 7 + " " * 50 + "very " + " " * 7 + "theatre " * 50
+    text = text[: text.index("theatre")].ljust(77) + "theatre " * 50
+    assert text[:80].endswith("the")
+    task = toy(source={"train": TRAIN, "test": [{"text": text, "label": 0}]}, max_length=10)
+    wanted = tokenizer([text], truncation=True, max_length=10)["input_ids"]
+    assert task.encode(tokenizer, "test")["input_ids"][:] == wanted
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.txt", "a.parquet"])
+def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=rf"{name}: cannot be read as"):
+        toy(source={"train": tmp_path / name}).dataset("train")
+
+
+def test_what_is_no_row_is_refused() -> None:
+    with pytest.raises(DataError, match="'a film' is no row"):
+        toy(source={"train": ["a film"]})
+
+
 def test_limit_is_a_fixed_random_subset(tokenizer) -> None:
     ordered = [{"text": "film", "label": int(i >= 50)} for i in range(100)]
     rows = toy(source={"train": TRAIN, "test": ordered}).encode(tokenizer, "test", limit=30)
@@ -187,6 +209,22 @@ def test_class_names_from_strings(tokenizer) -> None:
         (toy(source={"train": TRAIN, "test": [{"text": "film", "label": 7}]}), "test", "label 7, and the"),
         (toy(source={"train": TRAIN, "test": [{"text": None, "label": 1}]}), "test", "row 0 .* has no text"),
         (toy(source="missing.csv"), "train", "no file 'missing.csv'"),
+        (
+            toy(source={"train": [{"text": "film", "label": 0.1 * i} for i in range(9)]}),
+            "train",
+            "which is no class",
+        ),
+        (
+            toy(source={"train": TRAIN, "test": [{"text": "film", "label": 0.5}]}),
+            "test",
+            "row 0 .* label 0.5",
+        ),
+        (
+            toy(source={"train": [{"text": "film", "label": i and "0"} for i in range(9)]}),
+            "train",
+            "one type",
+        ),
+        (toy(source={"train": [{"text": "film", "label": [i]} for i in range(9)]}), "train", "no class"),
     ],
 )
 def test_bad_data_is_refused(tokenizer, task: tasks.Task, split: str, message: str) -> None:
@@ -208,6 +246,7 @@ def test_hidden_regression_labels_are_refused_and_their_text_still_serves(tokeni
         (lambda: tasks.glue("sst-2"), "did you mean 'sst2'"),
         (lambda: toy(metric="perplexity"), "metric='perplexity' is not one of accuracy, f1, matthews"),
         (lambda: toy(max_length=1), "max_length=1"),
+        (lambda: toy(max_length=16.5), "max_length=16.5"),
         (lambda: toy(selection=0), "selection=0"),
         (lambda: toy(text=("a", "b", "c")), "must name one column, or two"),
         (lambda: tasks.movie_reviews("amazon"), "source='amazon'"),

@@ -167,7 +167,7 @@ def test_the_order_can_be_searched_too(go, folder):
 
 def test_a_rung_in_which_all_fail_ends_the_search(go, folder):
     broken = asked(folder, passes={"broken": Broken(sparsity=0.5)}, pipelines=1)
-    with pytest.raises(StudyRefused, match=r"every pipeline of a rung failed; see .*toy\.jsonl"):
+    with pytest.raises(StudyRefused, match=r"every pipeline of a rung failed, .*toy\.jsonl"):
         go(broken)
     assert applied() == []
 
@@ -180,6 +180,43 @@ def test_a_lower_perplexity_is_no_loss(folder):
     assert mine.reaches(better)
     assert not mine.reaches(worse)
     assert mine.cost(better) < mine.cost(worse)
+
+
+def test_a_rung_by_the_error_of_outputs_prefers_what_fits_the_size(go, folder):
+    passes = {"int8": Round(), "coding": sc.EntropyCode()}
+    rungs = (sc.Rung(examples=6, by="output error"), sc.Rung())
+    settings = {"passes": passes, "loss": None, "pipelines": 3, "keep": 0.34}
+    free, rows = go(asked(folder, **settings | {"size_bytes": 10**9}, rungs=rungs))
+    sizes = sorted(row["size_bytes"] for row in rung(rows, 1))
+    assert free.searched["size_bytes"] > sizes[0]  # less error, and larger
+    found, _ = go(asked(folder, **settings | {"size_bytes": sizes[0]}, rungs=rungs))
+    assert found.reached
+
+
+def test_what_is_chosen_and_fails_is_said_and_tried_again(go, folder):
+    def made(*, labelled):
+        splits = {
+            "train": toys.sentences(48),
+            "selection": toys.sentences(16, 48),
+            "test": toys.sentences(16, 64),
+        }
+        if not labelled:
+            splits["test"] = [row | {"label": -1} for row in splits["test"]]
+        task = sc.tasks.classification(splits, name="toy", selection="selection", test="test", max_length=16)
+        return asked(folder, passes={"int8": Round()}, task=task, pipelines=1, rungs=(sc.Rung(),))
+
+    for _ in range(2):
+        with pytest.raises(
+            StudyRefused, match=r"chosen/int8 failed on the test split .DataError: .* label -1"
+        ):
+            go(made(labelled=False))
+    assert go(made(labelled=True))[0].chosen["score"] > 0
+
+
+def test_what_has_no_difference_is_no_result(folder):
+    row = {"metric": "perplexity", "difference": None, "size_bytes": 10, "output_error": None}
+    assert asked(folder).cost(row) == float("inf")
+    assert asked(folder, loss=None, size_bytes=20).cost(row) == float("inf")
 
 
 def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):

@@ -153,6 +153,12 @@ class Cells:
         """
         ours = [row for row in rows if "passes" in row["labels"]]
         done = [row for row in ours if "error" not in row]
+        apart = [row["key"] for row in done if row["difference"] is None]
+        if apart:
+            raise StudyRefused(
+                f"{apart[0]!r} and {len(apart) - 1} more have no difference to the model as it came (perplexities over two vocabularies "
+                "cannot be compared): leave passes that change the vocabulary out of the study"
+            )
         for name in ("task", "split", "limit", "model"):
             if len({str(row[name]) for row in done}) > 1:
                 raise StudyRefused(f"rows of more than one {name} cannot be compared: give those of one")
@@ -166,7 +172,10 @@ class Cells:
         ]
         stacked = tuple(cell for cell in cells if cell.passes)
         if not stacked:
-            raise StudyRefused("no pipeline of the study has finished yet: run it first")
+            raise StudyRefused(
+                "no pipeline of a combination has finished: run the study first, or name the folder of its rows; a study whose entries "
+                "are no `combinations` has no report"
+            )
         came = Cell(passes=(), strengths=(), rows=tuple(_as_it_came(stacked[0].rows)))
         dense = next((cell for cell in cells if not cell.passes), came)
         failed = tuple(row for row in ours if "error" in row)
