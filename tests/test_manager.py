@@ -143,7 +143,7 @@ def test_resume_with_another_tokenizer_or_other_texts_runs_again(model, tokenize
         return made.run(model, sc.LowRank(ratio=1.5), resume=True).ledger.rows[-1].fingerprint
 
     same = [f"the film is good {i}" for i in range(5)]  # what a column of `datasets` shows of itself
-    texts, others = (Dataset.from_dict({"text": [*same, *[word] * 4]})["text"] for word in ("fine", "bad"))
+    texts, others = (Dataset.from_dict({"text": [*same, *[word] * 20]})["text"] for word in ("fine", "bad"))
     first = run(tokenizer, texts)
     tokenizer(["the film"], padding=True, truncation=True, max_length=2)  # leaves its mark on the tokenizer
     assert run(tokenizer, texts) == first

@@ -90,7 +90,11 @@ def coding_of(directory: str | Path) -> Coding:
     config, tensors = _read(directory)
     said = config.get("dtype") or config.get("torch_dtype")
     named: dict[Any, Coding] = {name: name for name in CODINGS.values()}
-    found = [named.get(said), *(CODINGS.get(entry["dtype"]) for entry in tensors.values()), CODINGS["F32"]]
+    found: list[Coding | None] = [
+        named.get(said),
+        *(CODINGS.get(entry["dtype"]) for entry in tensors.values()),
+        CODINGS["F32"],
+    ]
     return next(known for known in found if known is not None)
 
 

@@ -223,9 +223,9 @@ class StoredMatrix(nn.Module):
         """Products with each of the matrices below each other; inputs are rounded block by block."""
         if not self._rounds(0 if transpose else 1):
             stack = self.dense().to(x.dtype).unflatten(0, (blocks, -1))
-            parts = x.unflatten(-1, (blocks, -1)).flatten(0, -3).transpose(0, 1)
+            parts = x.reshape(-1, blocks, x.shape[-1] // blocks).transpose(0, 1)
             product = torch.bmm(parts, stack.transpose(1, 2) if transpose else stack)
-            return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
+            return product.transpose(0, 1).reshape(*x.shape[:-1], blocks * product.shape[-1])
         stack = self._spread().unflatten(0, (blocks, -1))
         parts = x.unflatten(-1, (blocks, -1)).unbind(-2)
         if transpose:
@@ -317,7 +317,7 @@ class StoredMatrix(nn.Module):
         sums = F.embedding_bag(
             places, tokens, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
         )
-        return sums.t().reshape(*x.shape[:-1], -1)
+        return sums.t().reshape(*x.shape[:-1], len(sums))
 
     @property
     def _support(self) -> Support:

@@ -75,7 +75,8 @@ def _silenced() -> Iterator[None]:
     except (TypeError, OSError):  # another system's library, or no standard output
         yield
         return
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as it is without a console
+        sys.stdout.flush()
     flush(None)
     try:
         with open(os.devnull, "wb") as nowhere:

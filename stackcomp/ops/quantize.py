@@ -64,8 +64,10 @@ class _Int8Linear(torch.autograd.Function):
         products: list[Tensor] = []
         for start in range(0, len(tokens), TILE):
             integers, steps = quantize_rows(tokens[start : start + TILE])
-            product = (_sums(integers, q) * steps[:, None]).to(x.dtype)
-            torch.mul(product, scales, out=y[start : start + TILE])
+            product = _sums(integers, q) * steps[:, None]
+            if x.dtype != torch.float16:  # whose range it may leave
+                product = product.to(x.dtype)
+            y[start : start + TILE] = product * scales
             if ctx.needs_input_grad[2]:
                 products.append(product)
         ctx.save_for_backward(q, scales, torch.cat(products) if products else None)
@@ -98,6 +100,8 @@ def int8_weight_linear(
     x: Float[Tensor, "*batch m"], q: Int8[Tensor, "n m"], scales: Float[Tensor, " n"]
 ) -> Float[Tensor, "*batch n"]:
     """x (q * scales)^T with x as it is: the integers are read into the dtype of x, and the product is scaled.
-    Differentiable.
+    Differentiable. In float16, whose range a product of integers leaves, they are scaled before.
     """
+    if x.dtype == torch.float16:
+        return torch.nn.functional.linear(x, q.to(x.dtype) * scales.to(x.dtype)[:, None])
     return torch.nn.functional.linear(x, q.to(x.dtype)) * scales.to(x.dtype)

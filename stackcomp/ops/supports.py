@@ -25,8 +25,7 @@ from stackcomp.core.errors import CheckpointError
 from stackcomp.core.matrices import Fixed, word_bits
 
 LIMB_BITS = 30  # a limb plus a carry, and the sum of 2^33 limbs, fit a signed 64-bit integer
-GUESS_SLACK = 1e-12  # far above the relative rounding error of a rank as a double, far below the gap between table entries
-MAX_DOUBLE_BITS = 1000  # ranks of more bits do not fit a double
+GUESS_SLACK = 1e-11  # bits: far above the rounding error of the logarithm of a rank, far below the gap between those of table entries
 
 
 def pack_fixed(indices: Int64[Tensor, "rows blocks s"], b: int) -> UInt8[Tensor, " bytes"]:
@@ -178,16 +177,13 @@ def _unrank_words(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
 
 
 def _unrank_limbs(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
-    """The same for ranks (count, limbs): a guess in double precision, at most one too high, is put right
-    exactly.
-    """
+    """The same for ranks (count, limbs): a guess by logarithms, at most one too high, is put right exactly."""
     rows = _table(b, s)
     picked = np.empty((len(ranks), s), dtype=np.int64)
-    places = np.float64(2.0) ** (LIMB_BITS * np.arange(ranks.shape[1]))
     for i in range(s - 1, -1, -1):
         entries = _limbs_of(rows[i], math.comb(b, s))
-        guesses = np.array([float(entry) for entry in rows[i]])
-        column = np.searchsorted(guesses, (ranks @ places) * (1 + GUESS_SLACK), side="right") - 1
+        guesses = [math.log2(entry) if entry else -math.inf for entry in rows[i]]
+        column = np.searchsorted(guesses, _log2(ranks) + GUESS_SLACK, side="right") - 1
         left = _carry(ranks - entries[column])
         high = left[:, -1] < 0
         column[high] -= 1
@@ -195,6 +191,17 @@ def _unrank_limbs(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
         ranks = left
         picked[:, i] = column + i
     return _checked(picked, ranks)
+
+
+def _log2(limbs: np.ndarray) -> np.ndarray:
+    """Logarithms of numbers as limbs, -inf of 0: of the highest three that are not all zero."""
+    top = limbs.shape[1] - 1 - (limbs[:, ::-1] != 0).argmax(axis=1)
+    padded = np.pad(limbs, ((0, 0), (2, 0)))
+    leading = padded[np.arange(len(limbs))[:, None], top[:, None] + np.arange(3)] @ (
+        np.float64(2.0) ** (LIMB_BITS * np.arange(-2, 1))
+    )
+    with np.errstate(divide="ignore"):
+        return np.log2(leading) + LIMB_BITS * top
 
 
 def _checked(picked: np.ndarray, left: np.ndarray) -> np.ndarray:
@@ -207,8 +214,6 @@ def _checked(picked: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 def _limb_count(choices: int) -> int:
     """Limbs of a rank: its bits, and one more for the sign of a difference."""
-    if choices.bit_length() > MAX_DOUBLE_BITS:
-        raise ValueError(f"a support among 2^{choices.bit_length()} is too large: give smaller blocks")
     return -(-(choices.bit_length() + 1) // LIMB_BITS)
 
 

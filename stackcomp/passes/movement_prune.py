@@ -155,10 +155,12 @@ class MovementPrune(LearnedForm):
 
 
 def rising(step: int, begin: int, end: int) -> float:
-    """The share of the sparsity at a step: 0 up to `begin`, 1 from `end` on, between them 1 - (1 - p)^3."""
+    """The share of the sparsity at a step: 1 from `end` on, before it 0 up to `begin`, between them 1 - (1 - p)^3."""
     if step >= end:
         return 1.0
-    return 1.0 - (1.0 - max(0.0, (step - begin) / (end - begin))) ** 3
+    if step <= begin:
+        return 0.0
+    return 1.0 - (1.0 - (step - begin) / (end - begin)) ** 3
 
 
 def _highest(scores: "Mapping[str, torch.Tensor]", share: float) -> "dict[str, torch.Tensor]":

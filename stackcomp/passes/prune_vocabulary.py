@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.families import vocabulary
 from stackcomp.core.passes import Findings, Pass
@@ -66,6 +67,12 @@ class PruneVocabulary(Pass):
         assert context.calibration is not None
         assert context.tokenizer is not None
         before = len(context.tokenizer)
+        words = nn.weights(model)[context.targets[0]].spec.rows
+        if before > words:
+            raise UnsupportedModel(
+                f"PruneVocabulary: the tokenizer knows {before} word pieces, and {context.targets[0]} has {words} rows: "
+                "give the model the others first, by model.resize_token_embeddings(len(tokenizer))"
+            )
         counts = data.count_pieces(
             context.tokenizer, context.calibration(sys.maxsize), progress=context.progress
         )

@@ -19,6 +19,7 @@ from torch import nn
 from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import SettingError
 from stackcomp.data.batches import Collator, LengthBatches, lengths_of
+from stackcomp.nn import RoundedMatrix
 from stackcomp.training.losses import Batch, Loss, Preparation
 from stackcomp.training.settings import TrainSettings
 
@@ -86,7 +87,7 @@ def train(
         device=torch.device(device),
         progress=progress,
     )
-    with _lent(model, trainable) as (trained, frozen):
+    with _lent(model, trainable) as (trained, frozen), _widened(model):
         model.to(run.device)
         trainer = LossTrainer(
             model,
@@ -160,6 +161,31 @@ def _visits(batches: LengthBatches, steps: int) -> list[int]:
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     return {key: part.to(device) for key, part in batch.items()}
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Parameters of 16 bits in float32 while they learn: most steps are smaller than what their own dtype can tell apart. What is trained
+    with its rounding stays so, as it is stored by its codes."""
+    own = {
+        parameter: parameter.dtype
+        for parameter in model.parameters()
+        if parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+    kept = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, RoundedMatrix)
+        for parameter in module.parameters()
+    }
+    try:
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in own.items():
+            if parameter not in kept:
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

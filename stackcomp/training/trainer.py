@@ -215,8 +215,9 @@ class LossTrainer(Trainer):
             )
         with torch.no_grad():
             for name, part in now.items():
-                if not torch.equal(part, saved[name]):  # some constant buffers are expanded and take no copy
-                    part.copy_(saved[name])
+                there = saved[name].to(part.device)
+                if not torch.equal(part, there):  # some constant buffers are expanded and take no copy
+                    part.copy_(there)
         marker = json.loads(Path(resume_from_checkpoint, MARKER).read_text())
         self._recent.extend(marker["recent"])
 
@@ -267,7 +268,7 @@ class _BeforeStep(TrainerCallback):
 
 def _arguments(run: Run) -> TrainingArguments:
     settings = run.settings
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.scratch),
         max_steps=run.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -288,6 +289,8 @@ def _arguments(run: Run) -> TrainingArguments:
         use_cpu=run.device.type == "cpu",
         dataloader_pin_memory=run.device.type != "cpu",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one training runs on one device, however many there are
+    return arguments
 
 
 def _last_checkpoint(run: Run) -> Path | None:

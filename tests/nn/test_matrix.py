@@ -73,6 +73,21 @@ def test_products_with_matrices_below_each_other(kept):
     )
 
 
+def test_one_text_or_none_is_taken_as_a_linear_layer_takes_them(kept):
+    stored, dense = kept
+    for shape in ((), (0,), (2, 0)):
+        for blocks in (1, 2):
+            x = torch.randn(*shape, COLS * blocks)
+            parts = dense.view(blocks, ROWS // blocks, COLS)
+            wanted = torch.einsum("...kc,krc->...kr", x.view(*shape, blocks, COLS), parts).flatten(-2)
+            with torch.no_grad():
+                torch.testing.assert_close(stored.project(x, blocks), wanted)
+            y = torch.randn(*shape, ROWS)
+            back = torch.einsum("...kr,krc->...kc", y.view(*shape, blocks, ROWS // blocks), parts).flatten(-2)
+            with torch.no_grad():
+                torch.testing.assert_close(stored.combine(y, blocks), back)
+
+
 def test_rows(kept):
     stored, matrix = kept
     ids = torch.tensor([[3, 0, 3], [11, 5, 3]])

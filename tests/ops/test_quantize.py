@@ -92,6 +92,16 @@ def test_gradients_are_those_of_the_product_without_rounding():
     assert torch.allclose(scales.grad, (grad * (rounded @ q.float().t())).sum((0, 1)), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("product", [int8_linear, int8_weight_linear])
+def test_outputs_that_fit_float16_are_finite_there(product):
+    """127 times an input of 800 does not, and the scale brings it back."""
+    weight = torch.full((2, 64), 0.2)
+    q, scales = quantize_rows(weight)
+    x = torch.full((3, 64), 800.0, dtype=torch.float16)
+    found = product(x, q, scales.half())
+    torch.testing.assert_close(found.float(), x.float() @ weight.T, rtol=0.01, atol=0)
+
+
 def test_weight_only_gradients():
     q, scales = quantize_rows(torch.randn(4, 6).double().float())
     x = torch.randn(3, 6, requires_grad=True)

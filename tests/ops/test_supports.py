@@ -29,10 +29,11 @@ def test_round_trip_in_exactly_the_bytes_promised(data, rows, blocks, b, seed):
 
 
 @pytest.mark.parametrize(
-    ("b", "s"), [(256, 32), (64, 32), (66, 33), (67, 33), (300, 150), (1000, 3), (61, 60)]
+    ("b", "s"),
+    [(256, 32), (64, 32), (66, 33), (67, 33), (300, 150), (1000, 3), (61, 60), (1111, 455), (1423, 424)],
 )
 def test_round_trip_on_both_sides_of_a_machine_word(b, s):
-    indices = supports(9, 2, b, s)
+    indices = supports(9, 2, b, s)  # the last two beyond what a double holds
     indices[0, 0] = torch.arange(s)  # the lowest rank
     indices[1, 0] = torch.arange(b - s, b)  # and the highest
     packed = pack_fixed(indices, b)

@@ -58,6 +58,8 @@ def test_the_schedule_is_cubic():
         1.0,
     ]
     assert rising(0, 0, 0) == 1.0
+    assert [rising(step, 5, 5) for step in (3, 5)] == [0.0, 1.0]
+    assert [rising(step, 9, 8) for step in (3, 8)] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(("sparsity", "scope"), [(0.6, "layer"), (0.9, "global"), ("1:4", "layer")])

@@ -137,6 +137,12 @@ def test_the_tokenizer_that_was_given_is_untouched(tokenizer, tmp_path):
     assert result.tokenizer.get_vocab() != before
 
 
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tokenizer, tmp_path):
+    tokenizer.add_tokens(["brandnew"])
+    with pytest.raises(UnsupportedModel, match=r"24 word pieces, .*word_embeddings has 23 rows"):
+        pruned(toys.make("bert"), tokenizer, tmp_path)
+
+
 def test_rare_pieces_go(tokenizer, tmp_path):
     model = toys.bert_classifier()
     apply(sc.PruneVocabulary(least=25), model, tokenizer, tmp_path)

@@ -66,6 +66,21 @@ def test_same_seed_same_weights(tokenizer, tmp_path: Path, bf16: bool) -> None:
     assert states[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_learns_what_one_of_32_does(tokenizer, tmp_path: Path, dtype, bf16: bool) -> None:
+    """Most of these steps are smaller than half of what such a number can tell apart."""
+    settings = TrainSettings(epochs=5, learning_rate=1e-4, batch_size=8, bf16=bf16)
+    start, moved = classifier().to(dtype).float(), []
+    for width in (dtype, torch.float32):
+        model = classifier().to(dtype).to(width)
+        run(model, tokenizer, tmp_path / str(width), settings=settings)
+        assert {part.dtype for part in model.parameters()} == {width}
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        moved.append(torch.cat([(now - before).flatten() for now, before in pairs]).float())
+    assert (moved[0] - moved[1]).norm() < 0.3 * moved[1].norm()
+
+
 def test_only_chosen_parameters_move(tokenizer, tmp_path: Path) -> None:
     model = classifier()
     before = {name: part.clone() for name, part in model.named_parameters()}
