@@ -52,10 +52,14 @@ def listing(coded: Mapping[str, Any]) -> bytes:
     return zlib.compress(json.dumps(coded, sort_keys=True).encode(), 9)
 
 
-def described(header: Mapping[str, Any], listed: bytes) -> dict[str, Any]:
-    """The header of a safetensors file with coded tensors as what they stand for; `data_offsets` and, for coded ones, `planes` tell
+def listed(content: bytes) -> dict[str, Any]:
+    """What `listing` listed."""
+    return json.loads(zlib.decompress(content))
+
+
+def described(header: Mapping[str, Any], coded: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a safetensors file with coded tensors as what they stand for; `data_offsets` and, for `coded` ones, `planes` tell
     how they are stored, `bytes` how many they stand for."""
-    coded = json.loads(zlib.decompress(listed))
     return {name: entry | coded.get(name, {}) for name, entry in header.items()}
 
 

@@ -4,7 +4,7 @@ imported."""
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +27,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
     Raises CheckpointError for a file that is cut short or no safetensors file.
     """
+    return read_headers([path])[path]
+
+
+def read_headers(paths: Iterable[Path]) -> dict[Path, tuple[dict[str, Any], int]]:
+    """The same for all files of one model, of which one lists the coded tensors of all."""
+    found = {path: _raw_header(path) for path in paths}
+    for path, (header, start) in found.items():
+        if coding.LISTING in header:
+            listed = _listed(path, header, start)
+            return {one: (coding.described(plain, listed), first) for one, (plain, first) in found.items()}
+    return found
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as it stands in the file, and the bytes it takes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -47,17 +62,17 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(
             f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again"
         )
-    return (_decoded(path, header, 8 + length) if coding.LISTING in header else header), 8 + length
+    return header, 8 + length
 
 
-def _decoded(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Any]:
-    """The header with coded tensors as what they stand for; `start`: where the data begin."""
+def _listed(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Any]:
+    """What a file says of coded tensors; `start`: where its data begin."""
     first, last = header[coding.LISTING]["data_offsets"]
     with path.open("rb") as file:
         file.seek(start + first)
         listed = file.read(last - first)
     try:
-        return coding.described(header, listed)
+        return coding.listed(listed)
     except (ValueError, zlib.error) as error:
         raise CheckpointError(
             f"{path}: damaged list of its coded tensors ({error}); copy or save it again"
@@ -181,8 +196,8 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}: damaged (no object); copy or save it again")
     tensors: dict[str, Any] = {}
-    for file in files:
-        tensors |= read_header(file)[0]
+    for entries, _ in read_headers(files).values():
+        tensors |= entries
     return cast("dict[str, Any]", config), tensors
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from stackcomp.core import coding
 from stackcomp.core.errors import CheckpointError
-from stackcomp.core.headers import read_header
+from stackcomp.core.headers import read_headers
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.tree import absolute
 
@@ -84,7 +84,7 @@ def check(model: "PreTrainedModel", files: list[Path]) -> None:
     with a head), and may have a new head to train; but what is stored of a compressed weight, and of the base
     model, must be there.
     """
-    stored = {name: entry for file in files for name, entry in read_header(file)[0].items()}
+    stored = {name: entry for entries, _ in read_headers(files).values() for name, entry in entries.items()}
     stored.pop(coding.LISTING, None)
     found = _renamed(model, stored)
     expected = model.state_dict()

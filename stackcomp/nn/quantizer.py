@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from stackcomp.core import coding, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
 from stackcomp.core.families import attention_of, between
-from stackcomp.core.headers import read_header
+from stackcomp.core.headers import read_headers
 from stackcomp.core.matrices import Coding, MatrixSpec
 from stackcomp.core.settings import whole
 from stackcomp.core.spec import FORMS, WeightSpec
@@ -156,7 +156,7 @@ class StackcompQuantizer(HfQuantizer):
         if config.coded and checkpoint_files:
             folder = Path(mkdtemp())
             self._expanded = finalize(self, rmtree, folder, ignore_errors=True)  # also where the load fails
-            checkpoint_files[:] = [_expand(file, folder) for file in files]  # what is read from here on
+            checkpoint_files[:] = _expanded(files, folder)  # what is read from here on
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         self._omission.remove()
@@ -270,11 +270,11 @@ def _bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _expand(file: Path, folder: Path) -> str:
-    """The plain file that a coded one stands for, in `folder`."""
-    entries, start = read_header(file)
-    coding.expand(file, entries, start, folder / file.name)
-    return str(folder / file.name)
+def _expanded(files: list[Path], folder: Path) -> list[str]:
+    """The plain files that coded ones stand for, in `folder`."""
+    for file, (entries, start) in read_headers(files).items():
+        coding.expand(file, entries, start, folder / file.name)
+    return [str(folder / file.name) for file in files]
 
 
 def _makes_sense(spec: WeightSpec) -> bool:

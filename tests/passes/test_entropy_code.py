@@ -99,6 +99,21 @@ def test_a_file_stays_coded_whatever_follows(tokenizer, tmp_path):
     assert values["planes"] == 1
 
 
+def test_a_model_in_several_files_is_read_as_one(tokenizer, tmp_path):
+    model = wide()
+    nn.quantize(model, "encoder.layer.0.output.dense", dynamic=False)
+    nn.code(model)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    listing = [coding.LISTING in headers.read_header(file)[0] for file in files]
+    assert len(files) > 2
+    assert sum(listing) == 1
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = toys.batch(tokenizer)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert {*headers.plan_of(tmp_path).weights} == {*plan_of(model).weights}
+
+
 def test_it_loads_in_another_dtype(tokenizer, tmp_path):
     model = wide()
     apply(sc.EntropyCode(), model, tokenizer, tmp_path)
