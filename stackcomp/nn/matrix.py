@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from stackcomp.core.errors import UnsupportedModel
 from stackcomp.core.matrices import Coding, Dense, Fixed, MatrixSpec
@@ -36,6 +37,10 @@ CODINGS: dict[torch.dtype, Coding] = {dtype: name for name, dtype in DTYPES.item
 
 GATHER_TOKENS = 256  # up to here, and up to this share of entries, gathering rows was measured faster than
 GATHER_DENSITY = 0.25  # decoding and a dense product (2 to 5 times at 16 tokens, 1.5 to 3 times at 256)
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.dense() if isinstance(value, StoredMatrix) else value
 
 
 class StoredMatrix(nn.Module):
@@ -106,6 +111,24 @@ class StoredMatrix(nn.Module):
     def device(self) -> torch.device:
         """Where the values are."""
         return self.values.device
+
+    # What models ask of the weight of a plain layer beside calling it: it stands for its tensor there, decoded each time.
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.dense() @ other
+
+    def t(self) -> Tensor:
+        """The transposed matrix."""
+        return self.dense().t()
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
 
     def dense(self) -> Float[Tensor, "rows cols"]:
         """The whole matrix; the gradient reaches values and scales."""

@@ -294,6 +294,21 @@ def test_scales_are_what_trains_of_integers(kept):
     assert not frozen.scales.requires_grad
 
 
+def test_it_stands_for_its_tensor_where_a_model_asks_for_the_weight(kept):
+    stored, dense = kept
+    x = torch.randn(COLS, 3)
+    for found, wanted in (
+        (stored @ x, dense @ x),
+        (x.t() @ stored.t(), x.t() @ dense.t()),
+        (torch.randn(1, ROWS).zero_() @ stored, torch.zeros(1, COLS)),
+        (torch.cat([stored, stored.t().t()], dim=1), torch.cat([dense, dense], dim=1)),
+        (F.layer_norm(stored, (COLS,)), F.layer_norm(dense, (COLS,))),
+        (F.linear(x.t(), weight=stored), x.t() @ dense.t()),
+    ):
+        torch.testing.assert_close(found, wanted)
+    assert (stored.size(), stored.size(-1)) == (dense.size(), COLS)
+
+
 def test_another_support_is_never_mistaken_for_the_old_one():
     first = store(*masked("free", seed=1))
     other = store(*masked("free", seed=1)[:2], masked("free", seed=1)[2].flip(0))

@@ -210,6 +210,26 @@ def test_training_makes_up_for_rounding(bits, tokenizer, tmp_path):
     assert found["quantization-aware"] < 0.3 * found["low-bit-weights"]
 
 
+def test_a_model_of_16_bits_learns_as_many_codes_as_one_of_32(tokenizer, tmp_path):
+    settings = {"epochs": 5, "batch_size": 8, "learning_rate": 2e-4, "bf16": False, "distill": False}
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = toys.bert_classifier().to(torch.bfloat16).to(dtype)
+        passes = (sc.LowBitWeights(bits=4), sc.QuantizationAware(bits=4, **settings))
+        plain, learned = (
+            nn.weights(manager(tmp_path / f"{dtype}{item.name}", tokenizer).run(model, item).model)
+            for item in passes
+        )
+        moved.append(
+            sum(
+                int((plain[id_].matrices["weight"].values != handle.matrices["weight"].values).sum())
+                for id_, handle in learned.items()
+                if handle.matrices["weight"].spec.packed
+            )
+        )
+    assert moved[1] > 0.8 * moved[0] > 20
+
+
 @pytest.mark.parametrize(("bits", "stop"), [(8, 7), (2, 4), (2, 11), (1.6, 7)])
 def test_a_killed_run_resumes_to_the_same_weights(stop, bits, tokenizer, tmp_path):
     step = sc.QuantizationAware(bits=bits, **(QUICK | {"steps": 12}), save_every=3)
