@@ -230,7 +230,7 @@ def _check_task(task: Any) -> None:
 def _check_fits(model: "PreTrainedModel", task: "Task") -> None:
     """Refuse a model that cannot be scored on the task: without its head, with too few classes, or with too few positions."""
     kind = type(model).__name__
-    if task.kind != "similarity" and model.base_model is model:
+    if task.kind != "similarity" and _is_bare(model):
         raise UnsupportedModel(
             f"{kind} has no head for task {task.name!r}: load the model as {task.auto_class}"
         )
@@ -287,7 +287,7 @@ def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedMod
             f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
         ) from error
     # what a checkpoint without the task's head lacks is drawn at random, as it should be: anything else would be, too
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = "" if _is_bare(model) else f"{model.base_model_prefix}."
     lost = sorted(name for name in report["missing_keys"] if name.startswith(prefix) and "pooler" not in name)
     if lost:
         raise CheckpointError(
@@ -295,6 +295,11 @@ def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedMod
             "was saved; copy or download it again"
         )
     return model
+
+
+def _is_bare(model: "PreTrainedModel") -> bool:
+    """Whether a model has no head, as those that `AutoModel` gives."""
+    return model.base_model is model and type(model).__name__.endswith("Model")
 
 
 def _first_line(error: Exception) -> str:

@@ -156,7 +156,7 @@ class Cells:
         apart = [row["key"] for row in done if row["difference"] is None]
         if apart:
             raise StudyRefused(
-                f"{apart[0]!r} and {len(apart) - 1} more have no difference to the model as it came (perplexities over two vocabularies "
+                f"rows without a difference to the model as it came, {apart[0]!r} the first of {len(apart)} (perplexities over two vocabularies "
                 "cannot be compared): leave passes that change the vocabulary out of the study"
             )
         for name in ("task", "split", "limit", "model"):
