@@ -156,8 +156,8 @@ class Cells:
         apart = [row["key"] for row in done if row["difference"] is None]
         if apart:
             raise StudyRefused(
-                f"rows without a difference to the model as it came, {apart[0]!r} the first of {len(apart)} (perplexities over two vocabularies "
-                "cannot be compared): leave passes that change the vocabulary out of the study"
+                f"{len(apart)} rows, {apart[0]!r} the first of them, have no difference to the model as it came (perplexities over two "
+                "vocabularies cannot be compared): leave passes that change the vocabulary out of the study"
             )
         for name in ("task", "split", "limit", "model"):
             if len({str(row[name]) for row in done}) > 1:
