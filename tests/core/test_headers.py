@@ -67,8 +67,13 @@ def test_a_damaged_header_or_config_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(raw[:8] + b"!" + raw[9:])
     with pytest.raises(CheckpointError, match="damaged"):
         headers.plan_of(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    for damaged in ("{", "[]"):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            headers.plan_of(folder)
+    (folder / "config.json").write_text('{"model_type": null}')
+    (folder / "model.safetensors").write_bytes(raw)
+    with pytest.raises(UnsupportedModel, match="model_type=''"):
         headers.plan_of(folder)
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stackcomp.core.errors import StudyRefused
 from stackcomp.studies.analysis import Cells, attribution, shapley
 from stackcomp.studies.analysis.attribution import coalitions
 from stackcomp.studies.study import Skipped
@@ -149,3 +150,10 @@ def test_each_technique_counts_at_the_strength_that_was_chosen():
     cells = Cells.of(rows)
     assert cells.choice() == {"half": "r=2"}
     assert exp(attribution(cells, cells.choice(cells.cells[1]), "file").total.value) == pytest.approx(4)
+
+
+def test_rows_that_cannot_be_compared_with_the_model_as_it_came_are_refused_by_name():
+    with pytest.raises(StudyRefused, match="1 rows, 'b/0' the first of them, have no difference"):
+        Cells.of([row("a"), row("b", difference=None, difference_noise=None)])
+    with pytest.raises(StudyRefused, match="no pipeline of a combination has finished"):
+        Cells.of([row()])

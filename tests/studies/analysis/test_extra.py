@@ -107,5 +107,5 @@ def test_rows_that_cannot_be_compared_and_no_rows_are_refused():
     with pytest.raises(StudyRefused, match="more than one task"):
         Cells.of([ROWS[0], {**ROWS[1], "task": "other"}])
     for rows in ([], [{**ROWS[0], "error": {}}], [{**ROWS[0], "labels": {}}], [row()]):
-        with pytest.raises(StudyRefused, match="run it first"):
+        with pytest.raises(StudyRefused, match="run the study first"):
             Cells.of(rows)
