@@ -180,7 +180,7 @@ def test_from_the_declaration_to_the_report(folder, tmp_path, capsys):
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(StudyRefused, match="run it first"):
+    with pytest.raises(StudyRefused, match="run the study first"):
         texts(tmp_path, [])
     assert Broken.paper
 
