@@ -49,7 +49,7 @@ def pairs():
         {"sentence1": first, "sentence2": second, "label": float(index % 5)}
         for index, (first, second) in enumerate(zip(texts, reversed(texts), strict=True))
     ]
-    return sc.tasks.similarity({"train": rows, "test": rows})
+    return sc.tasks.similarity({"train": rows, "test": rows}, max_length=16)
 
 
 # rows

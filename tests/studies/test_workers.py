@@ -110,7 +110,7 @@ def test_a_ray_cluster_shares_them_and_survives_the_loss_of_a_node(command, tmp_
     node = cluster.add_node(num_cpus=1)
 
     def lose_a_node():
-        until(lambda: "Prune" in applied(), seconds=120)
+        until(lambda: "Prune" in applied(), seconds=240)
         cluster.remove_node(node, allow_graceful=False)
 
     loss = threading.Thread(target=lose_a_node)
