@@ -22,6 +22,7 @@ from stackcomp.core.errors import (
     OutputInUse,
     SelectionEmpty,
     SettingError,
+    StackcompError,
     UnsupportedModel,
 )
 from stackcomp.core.files import locked, remove_partial, write_atomic
@@ -282,6 +283,8 @@ def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedMod
             f"{source}: its weights are of other shapes than {_auto_class(task).__name__} has with {heads or 'its config'}: give the model "
             "that belongs to the task, or one without a head"
         ) from error
+    except StackcompError:
+        raise
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
             f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"

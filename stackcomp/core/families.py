@@ -304,6 +304,9 @@ def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tupl
                 yield f"{stack}.{layer}.{source}", found
 
 
+POSITIONS = ("position_embeddings", "wpe")  # what tables of learned positions are called, whatever the family
+
+
 def word_embedding(family: Family, paths: list[str]) -> str | None:
     """The path of the word embedding, to which output heads are tied."""
     wanted = [glob.replace("*_embeddings", "word_embeddings") for glob in family.embeddings[:1]]

@@ -135,7 +135,7 @@ class Task:
         values = set(column)
         if any(isinstance(value, str) for value in values):
             return tuple(sorted(map(str, values)))
-        broken = next((value for value in values if value is not None and int(value) != value), None)
+        broken = next((value for value in values if value is not None and not _is_whole(value)), None)
         if broken is not None:
             raise DataError(
                 f"task {self.name!r}: column {label!r} holds {broken!r}, which is no class: give whole numbers from 0, or names; "
@@ -378,11 +378,7 @@ class Task:
         names = self.label_names
         numbers = {name: number for number, name in enumerate(names)}
         targets = [
-            numbers.get(value, -1)
-            if isinstance(value, str)
-            else -1
-            if value is None or int(value) != value
-            else int(value)
+            numbers.get(value, -1) if isinstance(value, str) else int(value) if _is_whole(value) else -1
             for value in values
         ]
         bad = next((i for i, target in enumerate(targets) if not 0 <= target < len(names)), None)
@@ -458,6 +454,11 @@ def _tokens(
             for place, i in enumerate(short):
                 rows[i] = whole[key][place]
     return encoded
+
+
+def _is_whole(value: float | None) -> bool:
+    """Whether a label can be the number of a class; one that is missing cannot."""
+    return value is not None and float(value).is_integer()
 
 
 def _head(text: str, characters: int) -> str:

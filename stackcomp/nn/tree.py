@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import BadWeights, CheckpointError, UnsupportedModel
+from stackcomp.core.families import POSITIONS
 from stackcomp.core.matrices import Dense, MatrixSpec
 from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer, build
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALIGNMENT = 64  # bytes: what torch gives its own tensors
-POSITIONS = ("position_embeddings", "wpe")  # what families call them
 PLAIN = (nn.Linear, Conv1D, nn.Embedding)  # by exact type: a subclass may compute something else
 
 

@@ -67,7 +67,7 @@ class _Int8Linear(torch.autograd.Function):
             product = _sums(integers, q) * steps[:, None]
             if x.dtype != torch.float16:  # whose range it may leave
                 product = product.to(x.dtype)
-            y[start : start + TILE] = product * scales
+            torch.mul(product, scales, out=y[start : start + TILE])
             if ctx.needs_input_grad[2]:
                 products.append(product)
         ctx.save_for_backward(q, scales, torch.cat(products) if products else None)

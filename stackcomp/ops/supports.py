@@ -24,6 +24,7 @@ from torch import Tensor
 from stackcomp.core.errors import CheckpointError
 from stackcomp.core.matrices import Fixed, word_bits
 
+DOUBLE_LIMBS = 34  # up to here a number fits a double
 LIMB_BITS = 30  # a limb plus a carry, and the sum of 2^33 limbs, fit a signed 64-bit integer
 GUESS_SLACK = 1e-11  # bits: far above the rounding error of the logarithm of a rank, far below the gap between those of table entries
 
@@ -194,14 +195,16 @@ def _unrank_limbs(ranks: np.ndarray, b: int, s: int) -> np.ndarray:
 
 
 def _log2(limbs: np.ndarray) -> np.ndarray:
-    """Logarithms of numbers as limbs, -inf of 0: of the highest three that are not all zero."""
-    top = limbs.shape[1] - 1 - (limbs[:, ::-1] != 0).argmax(axis=1)
-    padded = np.pad(limbs, ((0, 0), (2, 0)))
-    leading = padded[np.arange(len(limbs))[:, None], top[:, None] + np.arange(3)] @ (
-        np.float64(2.0) ** (LIMB_BITS * np.arange(-2, 1))
-    )
+    """Logarithms of numbers as limbs, -inf of 0. A number that a double may not hold is read by its highest three limbs."""
+    top = np.zeros(len(limbs), dtype=np.int64)
+    if limbs.shape[1] > DOUBLE_LIMBS:
+        used = limbs[:, :1:-1] != 0  # from the highest on
+        used[:, -1] = True
+        top = used.shape[1] - 1 - used.argmax(axis=1)
+        limbs = limbs[np.arange(len(limbs))[:, None], top[:, None] + np.arange(3)]
+    places = np.float64(2.0) ** (LIMB_BITS * np.arange(limbs.shape[1]))
     with np.errstate(divide="ignore"):
-        return np.log2(leading) + LIMB_BITS * top
+        return np.log2(limbs @ places) + LIMB_BITS * top
 
 
 def _checked(picked: np.ndarray, left: np.ndarray) -> np.ndarray:

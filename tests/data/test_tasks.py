@@ -224,6 +224,11 @@ def test_class_names_from_strings(tokenizer) -> None:
             "train",
             "one type",
         ),
+        (
+            toy(source={"train": TRAIN, "test": [{"text": "film", "label": float("nan")}]}),
+            "test",
+            "label nan",
+        ),
         (toy(source={"train": [{"text": "film", "label": [i]} for i in range(9)]}), "train", "no class"),
     ],
 )
