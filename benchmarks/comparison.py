@@ -114,12 +114,28 @@ class Comparison:
 
     @cached_property
     def finished(self) -> list[Row]:
-        """The rows of finished entries, in the order of the study."""
+        """The rows of finished entries, in the order of the study, all beside the dense models of the study.
+
+        The same training on another processor gives another dense model, up to a point of score away: a row that came of one is told
+        as the score of ours plus its own difference to that one.
+        """
         rows = {row["key"]: row for row in self.rows}
-        return [
+        done = [
             rows[entry.key]
             for entry in self.study.entries
             if entry.key in rows and entry.is_done(rows[entry.key])
+        ]
+        dense = {
+            (row["labels"]["task"], row["seed"]): row["score"]
+            for row in done
+            if row["labels"]["method"] == DENSE[0]
+        }
+        return [
+            row
+            if row["labels"]["method"] == DENSE[0]
+            else row
+            | {"score": dense.get((row["labels"]["task"], row["seed"]), _parent(row)) + row["difference"]}
+            for row in done
         ]
 
     @cached_property
@@ -237,6 +253,11 @@ class Comparison:
         """Rows of the two with the same seed."""
         others = {row["seed"]: row for row in self.cell(task, *second).rows}
         return [(row, others[row["seed"]]) for row in self.cell(task, *first).rows if row["seed"] in others]
+
+
+def _parent(row: Row) -> float:
+    """The score of the dense model that a row came of."""
+    return row["score"] - row["difference"]
 
 
 def at_equal_score(first: Curve, second: Curve, *, lowest: bool = False) -> Ratio:

@@ -43,8 +43,8 @@ class Stack:
 
     @property
     def change(self) -> float:
-        """The score with DSFormer less that without."""
-        return self.stacked["score"] - self.alone["score"]
+        """The score with DSFormer less that without, each beside the dense model that it came of."""
+        return self.stacked["difference"] - self.alone["difference"]
 
     @property
     def counts(self) -> bool:

@@ -12,24 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackcomp import checkpoint, nn
+from stackcomp import nn
 from stackcomp.core import contract, headers
 from stackcomp.core.context import Progress
 from stackcomp.core.contract import Need
-from stackcomp.core.errors import (
-    CheckpointError,
-    MissingNeed,
-    OutputInUse,
-    SelectionEmpty,
-    SettingError,
-    StackcompError,
-    UnsupportedModel,
-)
+from stackcomp.core.errors import MissingNeed, OutputInUse, SelectionEmpty, SettingError, UnsupportedModel
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import whole
+from stackcomp.loading import check_fits, check_task, load_model
 from stackcomp.run import Measuring, Result, Run, plan_of
 
 if TYPE_CHECKING:
@@ -104,7 +97,7 @@ class PassManager:
         tokenizer = self._tokenizer()
         self._check_needs(pipeline, tokenizer)
         if self.task is not None:
-            _check_fits(source, self.task)
+            check_fits(source, self.task)
         nn.check_finite(source)
         out = Path(self.out)
         self._claim(out, resume)
@@ -133,7 +126,7 @@ class PassManager:
         from transformers import PreTrainedTokenizerBase
 
         _check_pipeline(pipeline)
-        _check_task(self.task)
+        check_task(self.task)
         if self.tokenizer is not None and not isinstance(
             self.tokenizer, PreTrainedTokenizerBase | str | Path
         ):
@@ -221,34 +214,6 @@ def _check_pipeline(pipeline: Any) -> None:
         raise SettingError(f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())")
 
 
-def _check_task(task: Any) -> None:
-    from stackcomp.data.task import Task
-
-    if task is not None and not isinstance(task, Task):
-        raise SettingError(f"task={task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
-
-
-def _check_fits(model: "PreTrainedModel", task: "Task") -> None:
-    """Refuse a model that cannot be scored on the task: without its head, with too few classes, or with too few positions."""
-    kind = type(model).__name__
-    if task.kind != "similarity" and _is_bare(model):
-        raise UnsupportedModel(
-            f"{kind} has no head for task {task.name!r}: load the model as {task.auto_class}"
-        )
-    outputs, wanted = model.config.num_labels or 0, task.num_labels
-    few = outputs < wanted if task.kind == "classification" else outputs != wanted
-    if task.kind in ("classification", "regression") and few:
-        raise UnsupportedModel(
-            f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
-        )
-    for name, places in nn.position_tables(model).items():
-        if task.max_length > places:
-            raise SettingError(
-                f"task {task.name!r}: max_length={task.max_length} is more than the {places} positions of {name}: "
-                f"give max_length={places} or less"
-            )
-
-
 def _check_device(device: Any) -> None:
     """Refuse a device that torch does not know, or that this machine does not have."""
     import torch
@@ -268,70 +233,4 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
-    """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of
-    `task`. Raises UnsupportedModel where there is none, or of another shape, CheckpointError for one that lacks weights."""
-    if checkpoint.is_ours(source):
-        return checkpoint.load(source)
-    heads = _heads(task)
-    try:
-        model, report = _auto_class(task).from_pretrained(source, output_loading_info=True, **heads)
-    except RuntimeError as error:  # of weights, or of a head, of another shape
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UnsupportedModel(
-            f"{source}: its weights are of other shapes than {_auto_class(task).__name__} has with {heads or 'its config'}: give the model "
-            "that belongs to the task, or one without a head"
-        ) from error
-    except StackcompError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(
-            f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
-        ) from error
-    # what a checkpoint without the task's head lacks is drawn at random, as it should be: anything else would be, too
-    prefix = "" if _is_bare(model) else f"{model.base_model_prefix}."
-    lost = sorted(name for name in report["missing_keys"] if name.startswith(prefix) and "pooler" not in name)
-    if lost:
-        raise CheckpointError(
-            f"{source}: {len(lost)} tensors of the model are not in its files ({', '.join(lost[:3])}, ...): its config says more than "
-            "was saved; copy or download it again"
-        )
-    return model
-
-
-def _is_bare(model: "PreTrainedModel") -> bool:
-    """Whether a model has no head, as those that `AutoModel` gives."""
-    return model.base_model is model and type(model).__name__.endswith("Model")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
-    """The same model for its names, shapes and dtypes: on the meta device from the config alone, where it is no checkpoint of ours."""
-    import torch
-    from transformers import AutoConfig
-
-    _check_task(task)
-    if checkpoint.is_ours(source):
-        return checkpoint.load(source)
-    config = AutoConfig.from_pretrained(source, **_heads(task))
-    with torch.device("meta"):
-        return _auto_class(task).from_config(config, dtype=getattr(torch, headers.coding_of(source)))
-
-
-def _auto_class(task: "Task | None") -> Any:
-    """The class of `transformers` that gives a model the head of a task."""
-    import transformers
-
-    return getattr(transformers, task.auto_class if task else "AutoModel")
-
-
-def _heads(task: "Task | None") -> dict[str, int]:
-    """What the config of such a model must say."""
-    return {"num_labels": task.num_labels} if task and task.num_labels else {}
-
-
-__all__ = ["Measuring", "PassManager", "Result", "check", "load_model", "outline", "plan_of"]
+__all__ = ["Measuring", "PassManager", "Result", "check", "plan_of"]

@@ -15,7 +15,7 @@ import transformers
 from datasets import Dataset
 
 import stackcomp as sc
-from stackcomp import checkpoint, metrics, nn
+from stackcomp import checkpoint, loading, metrics, nn
 from stackcomp.core.context import quiet
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import (
@@ -117,23 +117,7 @@ def test_a_model_that_does_not_fit_the_task_is_refused_before_anything_is_writte
             sc.PassManager(out=tmp_path / "out", task=task, tokenizer=tokenizer).run(model, sc.Int8Weights())
     assert not (tmp_path / "out").exists()
     for model, task in ((three, labelled), (toys.classifier("roberta"), replace(labelled, max_length=39))):
-        sc.manager._check_fits(model, task)
-
-
-def test_a_model_whose_files_lack_a_layer_is_refused_and_one_without_a_head_is_not(tmp_path):
-    toys.make("bert").save_pretrained(tmp_path / "bare")
-    assert sc.manager.load_model(tmp_path / "bare", toys.classification_task()).classifier
-    config = tmp_path / "bare" / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(CheckpointError, match=r"16 tensors .*encoder\.layer\.2\.attention"):
-        sc.manager.load_model(tmp_path / "bare", toys.classification_task())
-
-
-def test_the_size_is_predicted_in_the_dtype_that_is_loaded(model, tmp_path):
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "bfloat16",', ""))
-    assert sc.manager.outline(tmp_path / "model").dtype == torch.bfloat16
+        loading.check_fits(model, task)
 
 
 def test_resume_with_another_tokenizer_or_other_texts_runs_again(model, tokenizer, tmp_path):

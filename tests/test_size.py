@@ -6,7 +6,7 @@ import torch
 import stackcomp as sc
 from stackcomp.cli import main
 from stackcomp.core.errors import PipelineRefused, UnsupportedModel
-from stackcomp.manager import outline
+from stackcomp.loading import outline
 from tests import toys
 from tests.passes.test_conformance import manager
 

@@ -19,6 +19,7 @@ def row(method, ratio, score, layers, *, task="stsb"):
         "key": f"{task}/{method}/{ratio:g}/0",
         "labels": {"task": task, "method": method, "ratio": ratio},
         "score": score,
+        "difference": score - 88.0,
         "noise": 0.5,
         "layer_bytes": layers,
         "size_bytes": layers + 50,

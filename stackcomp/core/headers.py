@@ -99,6 +99,11 @@ def plan_of(directory: str | Path) -> Plan:
     return Plan.of([*dense, *compressed], head_features=head_features(config))
 
 
+def shapes_of(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the model in `directory`, by its name in the file. Raises as `plan_of` does."""
+    return {name: tuple(entry["shape"]) for name, entry in _read(directory)[1].items()}
+
+
 def coding_of(directory: str | Path) -> Coding:
     """In which dtype `transformers` loads the model in `directory`: what its config says, or its first tensor in floating point. Raises as
     `plan_of` does."""

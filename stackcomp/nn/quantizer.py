@@ -17,6 +17,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -245,9 +246,11 @@ def compressed(model: "PreTrainedModel") -> list[WeightSpec]:
 
 
 def _coded(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors to write, coded where that pays, and a list of these. A tied one is written once: of two that are coded `transformers`
-    would not see that they are one."""
+    """The tensors to write, coded where that pays, and a list of these. What `transformers` writes in another form than it computes with
+    (experts one by one) is brought to that form first, as of coded ones it could not be. A tied one is written once: of two that are
+    coded `transformers` would not see that they are one."""
     tied = model.all_tied_weights_keys
+    state = revert_weight_conversion(model, dict(state))
     written: dict[str, Tensor] = {}
     said: dict[str, Any] = {}
     for name, tensor in state.items():

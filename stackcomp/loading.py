@@ -1,0 +1,121 @@
+"""Models from a folder or a hub name, with the head that a task needs, and what a task needs of a model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stackcomp import checkpoint, nn
+from stackcomp.core import headers
+from stackcomp.core.errors import CheckpointError, SettingError, StackcompError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stackcomp.data.tasks import Task
+
+
+def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
+    """The model at `source`: a checkpoint of ours, or what `transformers` finds there, with the head of
+    `task`. Raises UnsupportedModel where there is none, or of another shape, CheckpointError for one that lacks weights."""
+    if checkpoint.is_ours(source):
+        return checkpoint.load(source)
+    heads = _heads(task)
+    try:
+        model, report = _auto_class(task).from_pretrained(source, output_loading_info=True, **heads)
+    except RuntimeError as error:  # of weights, or of a head, of another shape
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _misshapen(source, task) from error
+    except StackcompError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
+        ) from error
+    # what a checkpoint without the task's head lacks is drawn at random, as it should be: anything else would be, too
+    prefix = "" if _is_bare(model) else f"{model.base_model_prefix}."
+    lost = sorted(name for name in report["missing_keys"] if name.startswith(prefix) and "pooler" not in name)
+    if lost:
+        raise CheckpointError(
+            f"{source}: {len(lost)} tensors of the model are not in its files ({', '.join(lost[:3])}, ...): its config says more than "
+            "was saved; copy or download it again"
+        )
+    return model
+
+
+def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel":
+    """The same model for its names, shapes and dtypes: on the meta device from its config and the headers of its files, where it is no
+    checkpoint of ours. Raises as `load_model` and `check_fits` do."""
+    import torch
+    from transformers import AutoConfig
+
+    check_task(task)
+    if checkpoint.is_ours(source):
+        model = checkpoint.load(source)
+    else:
+        config = AutoConfig.from_pretrained(source, **_heads(task))
+        with torch.device("meta"):
+            model = _auto_class(task).from_config(config, dtype=getattr(torch, headers.coding_of(source)))
+        stored = headers.shapes_of(source)
+        if any(stored.get(name, tensor.shape) != tensor.shape for name, tensor in model.state_dict().items()):
+            raise _misshapen(source, task)
+    if task is not None:
+        check_fits(model, task)
+    return model
+
+
+def check_task(task: Any) -> None:
+    """Refuse what is no task, such as the name of one."""
+    from stackcomp.data.task import Task
+
+    if task is not None and not isinstance(task, Task):
+        raise SettingError(f"task={task!r} is no task: build it, as in stackcomp.tasks.glue('sst2')")
+
+
+def check_fits(model: "PreTrainedModel", task: "Task") -> None:
+    """Refuse a model that cannot be scored on the task: without its head, with too few classes, or with too few positions."""
+    kind = type(model).__name__
+    if task.kind != "similarity" and _is_bare(model):
+        raise UnsupportedModel(
+            f"{kind} has no head for task {task.name!r}: load the model as {task.auto_class}"
+        )
+    outputs, wanted = model.config.num_labels or 0, task.num_labels
+    few = outputs < wanted if task.kind == "classification" else outputs != wanted
+    if task.kind in ("classification", "regression") and few:
+        raise UnsupportedModel(
+            f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
+        )
+    for name, places in nn.position_tables(model).items():
+        if task.max_length > places:
+            raise SettingError(
+                f"task {task.name!r}: max_length={task.max_length} is more than the {places} positions of {name}: "
+                f"give max_length={places} or less"
+            )
+
+
+def _auto_class(task: "Task | None") -> Any:
+    """The class of `transformers` that gives a model the head of a task."""
+    import transformers
+
+    return getattr(transformers, task.auto_class if task else "AutoModel")
+
+
+def _heads(task: "Task | None") -> dict[str, int]:
+    """What the config of such a model must say."""
+    return {"num_labels": task.num_labels} if task and task.num_labels else {}
+
+
+def _misshapen(source: str | Path, task: "Task | None") -> UnsupportedModel:
+    heads = _heads(task) or "its config"
+    return UnsupportedModel(
+        f"{source}: its weights are of other shapes than {_auto_class(task).__name__} has with {heads}: give the model that belongs to the "
+        "task, or one without a head"
+    )
+
+
+def _is_bare(model: "PreTrainedModel") -> bool:
+    """Whether a model has no head, as those that `AutoModel` gives."""
+    return model.base_model is model and type(model).__name__.endswith("Model")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

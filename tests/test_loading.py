@@ -1,0 +1,39 @@
+"""Models from folders: the head of the task, and what does not fit it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stackcomp import checkpoint, loading
+from stackcomp.core.errors import CheckpointError, SettingError, UnsupportedModel
+from tests import toys
+
+
+def test_a_model_whose_files_lack_a_layer_is_refused_and_one_without_a_head_is_not(tmp_path):
+    toys.make("bert").save_pretrained(tmp_path / "bare")
+    assert loading.load_model(tmp_path / "bare", toys.classification_task()).classifier
+    config = tmp_path / "bare" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(CheckpointError, match=r"16 tensors .*encoder\.layer\.2\.attention"):
+        loading.load_model(tmp_path / "bare", toys.classification_task())
+
+
+def test_the_size_is_predicted_in_the_dtype_that_is_loaded(tmp_path):
+    toys.bert_classifier().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16",', ""))
+    assert loading.outline(tmp_path / "model").dtype == torch.bfloat16
+
+
+def test_what_cannot_be_run_has_no_outline_either(tmp_path):
+    task = toys.classification_task()
+    toys.classifier("bert", num_labels=3).save_pretrained(tmp_path / "three")
+    checkpoint.save(toys.make("bert"), tmp_path / "ours")
+    for source in ("three", "ours"):
+        with pytest.raises(UnsupportedModel, match="of other shapes" if source == "three" else "no head"):
+            loading.outline(tmp_path / source, task)
+    toys.make("roberta").save_pretrained(tmp_path / "short")
+    loading.outline(tmp_path / "short", replace(task, max_length=39))
+    with pytest.raises(SettingError, match="more than the 39 positions"):
+        loading.outline(tmp_path / "short", replace(task, max_length=40))
