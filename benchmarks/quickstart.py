@@ -1,4 +1,5 @@
-"""The quickstart's pipeline, the same passes in every other legal order, and each pass alone: what the combination gives.
+"""The quickstart's pipeline, the same passes in every other legal order, each pass alone, and the yardstick: plain rounding of the same
+weights to 4 bits.
 
 One row a pipeline, with its whole ledger. Legal orders are found by search over the contracts.
 """
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from stackcomp.data.task import Task
     from stackcomp.manager import Measuring
 
-Role = Literal["declared", "other order", "alone"]
+Role = Literal["declared", "other order", "alone", "yardstick"]
 
 
 def pipelines(passes: Sequence[Pass], source: Path) -> list[tuple[Role, sc.Pipeline]]:
-    """The declared pipeline, its other legal orders, each pass alone; those that begin alike follow each other."""
+    """The declared pipeline, its other legal orders, each pass alone; those that begin alike follow each other. The yardstick, on what the
+    last pass works on, comes last."""
     plan = headers.plan_of(source)
     orders = [order for order in itertools.permutations(passes) if contract.legal(order, plan)]
     declared = tuple(passes)
@@ -33,6 +35,7 @@ def pipelines(passes: Sequence[Pass], source: Path) -> list[tuple[Role, sc.Pipel
     found += [("alone", (item,)) for item in declared]
     places = {item: index for index, item in enumerate(declared)}
     found.sort(key=lambda entry: [places[item] for item in entry[1]])
+    found.append(("yardstick", (sc.LowBitWeights(bits=4, only=declared[-1].only),)))
     return [(role, sc.Pipeline(*order)) for role, order in found]
 
 

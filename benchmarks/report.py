@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import combined, dsformer, low_bit, pictures, smallest, stacked, tables
+from benchmarks import combined, conclusions, dsformer, low_bit, pictures, smallest, stacked, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -46,7 +46,10 @@ class Report:
 
     def blocks(self) -> dict[str, str]:
         """Markdown of every generated block, by name."""
+        names = ("catalogue", combined.NAME, smallest.NAME, "stsb", "speed", "decoder")
+        finished = {name: [row for row in self.rows(name) if "error" not in row] for name in names}
         found = {
+            "conclusions": conclusions.headline(finished, self.dsformer()),
             "stsb": tables.stsb(self.rows("stsb")),
             "quickstart": tables.quickstart(self.rows("quickstart")),
             "speed": tables.speed(self.rows("speed")),

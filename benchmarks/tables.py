@@ -209,13 +209,14 @@ def ledger(found: Ledger) -> str:
 
 
 def quickstart(rows: Sequence[Row]) -> str:
-    """One line a pipeline, as it ended: declared, other orders, each pass alone."""
+    """One line a pipeline, as it ended: declared, other orders, each pass alone, plain rounding to 4 bits."""
     if not ledgers(rows, "declared"):
         return not_run("quickstart")
     cells = []
-    for role in ("declared", "other order", "alone"):
+    for role in ("declared", "other order", "alone", "yardstick"):
         for _, found in ledgers(rows, role):
             names = " → ".join(row.name for row in found.rows[1:])
+            names = f"{names}, 4 bits, nothing else" if role == "yardstick" else names
             _, lines = found.table()
             seconds = sum(row.seconds for row in found.rows[1:])
             cells.append(
@@ -223,7 +224,7 @@ def quickstart(rows: Sequence[Row]) -> str:
             )
     (_, declared), *_ = ledgers(rows, "declared")
     titles, lines = declared.table()
-    cells.append(["as it came", *lines[0][1:-1], "-"])
+    cells.append(["the model as it came", *lines[0][1:-1], "-"])
     return "\n\n".join([table(["passes", *titles[1:-1], "seconds"], cells), made_by("quickstart", rows)])
 
 

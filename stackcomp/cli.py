@@ -7,6 +7,7 @@ error. Torch is imported by `run`, `study`, `search`, `unpack` and `check --size
 
 import argparse
 import errno
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from stackcomp.core import __version__
 from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
 from stackcomp.core.files import disk_is_full
 from stackcomp.core.passes import Pass
@@ -68,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compress text transformers by stacking techniques, and measure what each one gives.",
     )
     parser.set_defaults(again="")
+    parser.add_argument("--version", action="version", version=f"stackcomp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("check", help="judge a pipeline without reading a weight")
@@ -91,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the last finished pass in DIR")
     command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)"
+    )
+    command.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="where passes and scores run, as torch calls it (default cpu)",
     )
     command.set_defaults(command=_run, again=" with --resume")
 
@@ -259,6 +268,7 @@ def _run(options: argparse.Namespace) -> int:
         task=found["task"],
         tokenizer=_tokenizer(found, model, options.file),
         seed=options.seed,
+        device=options.device,
     )
     result = manager.run(model, pipeline, resume=options.resume)
     print(result.ledger)
@@ -369,14 +379,15 @@ def _passes(options: argparse.Namespace) -> int:
 
 def describe(cls: type[Pass]) -> str:
     """What a user asks of a pass: its summary, settings with defaults, contract and paper."""
-    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    words = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    summary = words.partition(". ")[0].removesuffix(".")
     default = cls()
     settings = ", ".join(f"{field.name}={getattr(default, field.name)!r}" for field in fields(cls))
     lines = [
         cls.__name__,
-        f"  {summary}",
+        f"  {summary}.",
         f"  settings: {settings}",
-        f"  contract: {default.contract}",
+        f"  contract: {str(default.contract) or 'asks nothing and keeps every fact'}",
         f"  paper: {cls.paper}",
     ]
     return "\n".join(lines)

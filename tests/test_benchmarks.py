@@ -161,6 +161,7 @@ def test_only_legal_orders_are_run_and_the_declared_one_is_among_them(model):
     assert [role for role, _ in found].count("declared") == 1
     assert [role for role, _ in found].count("alone") == 2
     assert [role for role, _ in found].count("other order") == 0
+    assert found[-1] == ("yardstick", sc.Pipeline(sc.LowBitWeights(bits=4, only=PASSES[-1].only)))
     three = quickstart.pipelines((*PASSES, sc.Distill(steps=1)), model)
     assert [role for role, _ in three].count("other order") == 2
     for _, pipeline in three:
@@ -181,7 +182,7 @@ def test_quickstart_on_a_toy(rows, model, tmp_path):
         )
 
     run()
-    assert [row["role"] for row in rows.read()] == ["alone", "declared", "alone"]
+    assert [row["role"] for row in rows.read()] == ["alone", "declared", "alone", "yardstick"]
     plan = headers.plan_of(model)
     for row in rows.read():
         ledger = Ledger.from_json(row["ledger"])

