@@ -1,4 +1,4 @@
-"""A decoder: low rank -> int8 on GPT-2, scored by perplexity on WikiText-2.
+"""A decoder: GPT-2 in 4 bits by GPTQ, its word embedding in 8, scored by perplexity on WikiText-2.
 
     stackcomp check pipelines/decoder.py
     stackcomp run pipelines/decoder.py --out out/gpt2
@@ -23,6 +23,6 @@ def model() -> str:
 
 
 pipeline = sc.Pipeline(
-    sc.LowRank(ratio=1.5, only=BLOCKS),
-    sc.Int8Weights(only=(BLOCKS, EMBEDDING)),
+    sc.GPTQ(bits=4, only=BLOCKS),
+    sc.Int8Weights(only=EMBEDDING),
 )

@@ -49,7 +49,7 @@ def test_a_search_that_missed_its_target_says_so():
         text = said(**{smallest.NAME: rows})
         assert f"on the 5000 examples that it was selected on it loses {loss:.2f} ± 0.50 ({verdict})" in text
         assert "20x smaller on SST-2 (4.0 MB)" in text
-        assert "scored once on +0.30 ± 0.50" in text
+        assert "on the 872 that it was scored on once +0.30 ± 0.50" in text
 
 
 def test_factors_are_compared_at_equal_bytes_and_trained():
