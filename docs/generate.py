@@ -24,6 +24,8 @@ from stackcomp.core.families import FAMILIES  # noqa: E402
 from stackcomp.core.passes import Pass  # noqa: E402
 from stackcomp.core.pipeline_file import read_file  # noqa: E402
 from stackcomp.passes import registered  # noqa: E402
+from stackcomp.training.settings import TrainSettings  # noqa: E402
+from stackcomp.training.training_pass import TrainingPass  # noqa: E402
 
 REPORT = Report(root=ROOT)
 CATALOGUE = ROOT / "pipelines" / "studies" / "catalogue.py"
@@ -120,39 +122,102 @@ def _pipelines(rows: list[tables.Row], role: str, title: str, words: str) -> lis
     return parts
 
 
+GROUPS = {
+    "Round": "LowBitWeights NF4 GPTQ QuantizationAware Int8Weights Int8Dynamic SmoothQuant ClusterWeights",
+    "Factorize": "DenseSparse STF LowRank FWSVD ASVD SparseLowRank Kronecker",
+    "Prune": "MagnitudePrune Wanda SparseGPT MovementPrune",
+    "Restructure": "DropLayers PruneNeurons PruneHeads ShareLayers",
+    "Shrink embeddings": "PruneVocabulary FactorizeEmbeddings",
+    "Train": "Distill FineTune",
+    "Code the file": "EntropyCode",
+}
+TRAINING = re.compile(r"The (?:other )?settings are those of every training pass[^:]*:?[^.]*\.")
+NAMED = r"(?:^|(?<=[;.] ))(\w+(?:, \w+)*): "  # `only, skip: ...`, at the start of a paragraph or after a part of one
+
+
 def passes() -> str:
-    """Every registered pass: what it does, its settings, contract and paper."""
+    """Every registered pass by what it is for: what it does, its settings, contract and paper."""
+    known = registered()
+    groups = {title: names.split() for title, names in GROUPS.items()}
+    others = [name for name in known if not any(name in names for names in groups.values())]
     parts = [
         "# Passes",
-        "From the registry. Every setting has a default and is given by name. These two, all passes have:",
-        _settings_marked(inspect.cleandoc(Pass.__doc__ or "").split("\n\n")[1], Pass),
+        "From the registry. Every setting has a default and is given by name. Two of them all passes have, `only` and `skip`: "
+        + f"{_meanings(Pass)['only']}.",
+        "What training passes share:",
+        *_prose(TrainingPass),
+        *_prose(TrainSettings),
     ]
-    for name, cls in registered().items():
-        default = cls()
-        cells = [
-            [f"`{field.name}`", f"`{_type(field.type)}`", f"`{getattr(default, field.name)!r}`"]
-            for field in fields(cls)
-        ]
-        above = [base for base in cls.__mro__[1:] if is_dataclass(base) and base is not Pass]
-        parts += [
-            f"## {name}",
-            *(_settings_marked(inspect.cleandoc(part.__doc__ or ""), cls) for part in (cls, *above)),
-            tables.table(["setting", "type", "default"], cells, left=3),
-            f"Contract: {str(default.contract) or 'asks nothing and keeps every fact'}.",
-            f"Paper: {cls.paper}. Source: `{cls.__module__}`.",
-        ]
+    for title, names in {**groups, "Others": others}.items():
+        parts += [f"## {title}", *(_pass(name, known[name]) for name in names)] if names else []
     return "\n\n".join(parts)
 
 
-def _settings_marked(text: str, cls: type) -> str:
-    """A docstring in which the settings that it explains (`only, skip: ...`) stand out."""
-    names = {field.name for field in fields(cls)}
+def _pass(name: str, cls: type[Pass]) -> str:
+    """The section of one pass; its own settings come first."""
+    default, meanings = cls(), _meanings(cls)
+    own = [field for field in fields(cls) if field.name in cls.__annotations__]
+    shared = [field for field in fields(cls) if field not in own and field.name not in Pass.__annotations__]
+    cells = [
+        [
+            f"`{field.name}`",
+            f"`{_type(field.type)}`",
+            f"`{getattr(default, field.name)!r}`",
+            meanings.get(field.name, "see above"),
+        ]
+        for field in (*own, *shared)
+    ]
+    return "\n\n".join(
+        [
+            f"### {name}",
+            *_prose(cls),
+            *([tables.table(["setting", "type", "default", "meaning"], cells, left=4)] if cells else []),
+            f"Contract: {str(default.contract) or 'asks nothing and keeps every fact'}.",
+            f"Paper: {cls.paper}. Source: `{cls.__module__}`.",
+        ]
+    )
 
-    def marked(found: re.Match[str]) -> str:
-        listed = found[1].split(", ")
-        return ", ".join(f"**`{name}`**" for name in listed) + ":" if names.issuperset(listed) else found[0]
 
-    return re.sub(r"\b(\w+(?:, \w+)*):", marked, text)
+def _paragraphs(cls: type) -> list[str]:
+    return [
+        TRAINING.sub("", part.replace("\n", " ")).strip()
+        for part in inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    ]
+
+
+def _settings(cls: type, paragraph: str) -> dict[str, str]:
+    """What a paragraph that explains settings says of each; nothing of another."""
+    known = {field.name for field in fields(cls)}
+    pieces = re.split(NAMED, paragraph)
+    if pieces[0] or len(pieces) < 3:
+        return {}
+    found: dict[str, str] = {}
+    last: list[str] = []
+    for names, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        listed = names.split(", ")
+        if known.issuperset(listed):
+            last = listed
+            found |= dict.fromkeys(listed, text)
+        else:  # no setting after all
+            found |= {name: f"{found[name]}{names}: {text}" for name in last}
+    return found
+
+
+def _prose(cls: type) -> list[str]:
+    """The paragraphs of a docstring that explain no settings."""
+    said = [part for part in _paragraphs(cls) if part and not _settings(cls, part)]
+    return [part.replace("table of families", "[table of families](vocabulary.md#families)") for part in said]
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """What every setting means: what the pass itself says, or a class above it."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
+        for paragraph in _paragraphs(base):
+            for name, text in _settings(base, paragraph).items():
+                if not (name in found and text.startswith("as in every")):
+                    found[name] = text.strip().rstrip(";.")
+    return {name: text.replace("|", "\\|") for name, text in found.items()}
 
 
 def _type(annotation: object) -> str:
