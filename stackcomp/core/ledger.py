@@ -140,7 +140,7 @@ class Ledger:
             "-" if found.score is None else f"{found.score:.2f} ± {found.noise:.2f}",
             "-" if found.difference is None else f"{found.difference:+.2f} ± {found.difference_noise:.2f}",
             "-" if found.output_error is None else f"{found.output_error:.4f}",
-            "-" if found.latency_ms is None else f"{found.latency_ms:.1f} ms ({found.latency_ratio:.2f}x)",
+            _latency(row),
             f"{row.seconds:.1f}",
         ]
 
@@ -162,6 +162,14 @@ class Ledger:
             left = [id_ for id_, said in layers.items() if str(said).startswith(LEFT_DENSE)]
             if left:
                 yield f"{row.step} {row.name}: {len(left)} of {len(layers)} layers left dense, {left[0]} first (why: show --json)"
+
+
+def _latency(row: Row) -> str:
+    """Milliseconds of the model as it came, and the ratio to it of every other: of times taken minutes apart only that can be compared."""
+    found = row.measured
+    if found.latency_ms is None:
+        return "-"
+    return f"{found.latency_ratio:.2f}x" if row.step else f"{found.latency_ms:.1f} ms"
 
 
 def read(text: str) -> Ledger:
