@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "unpack",
-        help="write a compressed checkpoint as an ordinary one, which any tool reads and which computes fast",
+        help="write a compressed checkpoint as an ordinary one, at full size, which any tool reads and which computes fast",
     )
     command.add_argument("directory", type=Path, metavar="DIR")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")

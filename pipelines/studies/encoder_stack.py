@@ -5,7 +5,7 @@
     stackcomp report pipelines/studies/encoder_stack.py --out out/report
 
 All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts from and its teacher. Every pipeline ends with the same
-STEPS of distillation, and so does the dense model that techniques are credited against. Of rounded weights these train the scales only.
+150 steps of distillation, and so does the dense model that techniques are credited against. Of rounded weights these train the scales only.
 """
 
 from minilm import ATTENTION, FEED_FORWARD, FROZEN, LAYERS, classifier
