@@ -260,7 +260,7 @@ class Runner:
             "labels": dict(entry.labels),
             **stamp(entry.pipeline, entry.seed),
             **entry.asked,
-            "task_digest": entry.task_digest,
+            **entry.data,
         }
 
     # folders

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stackcomp.data.task import Task
 
 LONGEST = 100  # characters of a key in the name of a folder
+MODEL = ("config.json", "*.safetensors")  # the files of a folder that say what it holds
+TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,13 +104,20 @@ class Entry:
         return "error" not in row and self.made(row)
 
     def made(self, row: Mapping[str, Any]) -> bool:
-        """Whether `row` is this entry's, finished or failed: of the same key and declaration, and of the same task where it says how
-        its task was declared."""
+        """Whether `row` is this entry's, finished or failed: of the same key and declaration, and of the same `data` as far as it says."""
         asked = {"key": self.key, **self.asked}
-        return (
-            all(row.get(name) == value for name, value in asked.items())
-            and row.get("task_digest", self.task_digest) == self.task_digest
+        return all(row.get(name) == value for name, value in asked.items()) and all(
+            row.get(name, value) == value for name, value in self.data.items()
         )
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the row says of task and tokenizer, its own and those of the entries before it, the first one first; older rows do not."""
+        before = (
+            [[one.task_digest, one.data["tokenizer"]] for one in line_of(self.parent)] if self.parent else []
+        )
+        tokenizer = None if self.tokenizer is None else _name(str(self.tokenizer), TOKENIZER)
+        return {"task_digest": self.task_digest, "tokenizer": tokenizer, "before": before}
 
     @cached_property
     def task_digest(self) -> str:
@@ -122,8 +131,9 @@ class Entry:
 
         Read off the declaration alone. Files may turn out equal where names differ, never the other way round.
         """
-        source = self._origin if self.parent else [self._origin, self.task.name, self.seed]  # a head is drawn
-        names = [digest([source, str(self.tokenizer)])]
+        # a head is drawn
+        source = self.parent.steps[-1] if self.parent else [self._origin, self.task.name, self.seed]
+        names = [digest([source, self.data["tokenizer"]])]
         for item in self.passes:
             data = [self.task.name, self.task_digest] if item.contract.needs else None
             names.append(digest([names[-1], repr(item), self.seed, data]))
@@ -132,14 +142,14 @@ class Entry:
     @cached_property
     def slug(self) -> str:
         """The name of the entry's folder: its key, as far as file names go, and a digest of what it asks for."""
-        asked = digest([self.key, self.asked, self.task_digest])
+        asked = digest([self.key, self.asked, *filter(None, self.data.values())])
         return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.key)[:LONGEST]}-{asked[:8]}"
 
     @property
     def _origin(self) -> Any:
         """The model this entry starts from, down to the one that nothing here has made."""
         if not isinstance(self.model, Entry):
-            return _name(str(self.model))
+            return _name(str(self.model), MODEL)
         kept = ("declaration", "model", "task", "seed")
         return {name: self.model.asked[name] for name in kept}
 
@@ -244,12 +254,13 @@ def line_of(model: Entry | str | Path) -> list[Entry]:
 
 
 @cache
-def _name(source: str) -> str:
-    """A model in a row: a hub name as it is; a folder by its last part and a digest of its config and weights,
+def _name(source: str, globs: tuple[str, ...]) -> str:
+    """A model or tokenizer in a row: a hub name as it is; a folder by its last part and a digest of those of its files that `globs` match,
     so that a row holds wherever the folder lies."""
     folder = Path(source)
     if not folder.is_dir():
         return source
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    content = [manifest.digest(file) for file in files if file.is_file()]
+    content = [
+        manifest.digest(file) for glob in globs for file in sorted(folder.glob(glob)) if file.is_file()
+    ]
     return f"{folder.resolve().name}@{digest(content)[:12]}"

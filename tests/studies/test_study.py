@@ -78,6 +78,33 @@ def test_a_row_is_an_entrys_when_all_of_the_declaration_agrees(folder):
     assert not entry(pruned.key, other, *pruned.passes).is_done(row)
 
 
+def test_a_row_of_another_tokenizer_or_of_another_task_or_tokenizer_of_its_parent_is_not_the_entrys(
+    folder, tmp_path
+):
+    tuned, pruned, _ = study(folder).entries
+    row = {"key": pruned.key, **pruned.asked, **pruned.data}
+    toys.tokenizer().save_pretrained(tmp_path / "words")
+    words = replace(pruned, tokenizer=tmp_path / "words")
+    told = {**row, **words.data}
+    assert pruned.is_done(row)
+    assert not words.is_done(row)
+    assert words.is_done(told)
+    vocabulary = tmp_path / "words" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace('"good"', '"fine"'))
+    (tmp_path / "words").rename(tmp_path / "other")
+    (tmp_path / "other").joinpath("ledger.json").write_text("{}")
+    assert not replace(pruned, tokenizer=tmp_path / "other").is_done(told)
+    for changed in (
+        replace(tuned, task=replace(tuned.task, max_length=8)),
+        replace(tuned, tokenizer=tmp_path / "other"),
+    ):
+        child = replace(pruned, model=changed)
+        assert not child.is_done(row)
+        assert child.slug != pruned.slug
+        assert child.steps[0] != pruned.steps[0]
+        assert child.is_done({"key": pruned.key, **pruned.asked})  # a row of before this was said
+
+
 def test_a_folder_is_known_by_its_content_wherever_it_lies(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "model")
