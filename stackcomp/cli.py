@@ -333,10 +333,8 @@ def _report(options: argparse.Namespace) -> int:
     from stackcomp.studies.report import write
 
     study = declared(options.file)
-    rows = Rows(name=study.name, folder=options.results).read()
-    asked = {entry.key: entry for entry in study.entries}
-    ours = [row for row in rows if row["key"] in asked and asked[row["key"]].made(row)]
-    for path in write(study, ours, options.out, options.floor):
+    rows = study.own(Rows(name=study.name, folder=options.results).read())
+    for path in write(study, rows, options.out, options.floor):
         print(path)
     return 0
 

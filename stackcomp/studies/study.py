@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from stackcomp.manager import check
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
 
+Techniques = tuple[tuple[str, ...], tuple[str, ...]]  # of a pipeline, in order, and the strength of each
 LONGEST = 100  # characters of a key in the name of a folder
 MODEL = ("config.json", "*.safetensors")  # the files of a folder that say what it holds
 TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model")
@@ -214,6 +215,17 @@ class Study:
         known: dict[Entry | str, Plan] = {}
         for entry in self.entries:
             plan_after(entry, known)
+
+    def own(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Those of `rows` that today's entries made, finished or failed, in the order of the entries."""
+        found = {row["key"]: row for row in rows}
+        return [found[one.key] for one in self.entries if one.key in found and one.made(found[one.key])]
+
+    @property
+    def pipelines(self) -> list[Techniques]:
+        """The techniques of every entry that is one of `combinations`."""
+        labels = [entry.labels for entry in self.entries if "passes" in entry.labels]
+        return [(tuple(one["passes"]), tuple(one["strengths"])) for one in labels]
 
     def left_out(self) -> str:
         """How many pipelines are skipped and why, one line a reason; empty when none is."""

@@ -105,6 +105,14 @@ def test_a_row_of_another_tokenizer_or_of_another_task_or_tokenizer_of_its_paren
         assert child.is_done({"key": pruned.key, **pruned.asked})  # a row of before this was said
 
 
+def test_rows_stand_in_the_order_of_the_entries_and_those_of_other_declarations_are_left_out(folder):
+    mine = study(folder)
+    rows = [{"key": one.key, **one.asked, **one.data} for one in mine.entries]
+    stale = {**rows[0], "declaration": "Pipeline(Old())"}
+    assert mine.own([rows[2], {"key": "gone"}, stale, rows[1]]) == rows[1:]
+    assert mine.own([stale, rows[1], rows[0]]) == rows[:2]  # of two rows of a key the last one counts
+
+
 def test_a_folder_is_known_by_its_content_wherever_it_lies(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "model")

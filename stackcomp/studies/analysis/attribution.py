@@ -43,12 +43,14 @@ class Attribution:
 def attribution(cells: Cells, choice: Mapping[str, str], measure: str) -> Attribution:
     """The attribution of `measure` to all techniques, each at the strength chosen for it.
 
-    Undefined when some subset has no finished order: illegal in every one, failed, or not run yet; and where it was not measured.
+    Undefined when some subset, that of no technique included, has no finished order: illegal in every one, failed, or not run yet; and
+    where it was not measured.
     """
     players, value = cells.passes, MEASURES[measure]
     game: dict[Coalition, Estimate] = {}
     for coalition in coalitions(players):
-        found = cells.orders(coalition, choice) if coalition else [cells.dense]
+        nothing = [] if cells.dense is None else [cells.dense]
+        found = cells.orders(coalition, choice) if coalition else nothing
         if not found:
             return Attribution(
                 measure=measure, shares={}, without={}, undefined=cells.missing(coalition, choice)

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from stackcomp.core.errors import StudyRefused
 from stackcomp.studies.rows import Row, direction
-from stackcomp.studies.study import Skipped
+from stackcomp.studies.study import Skipped, Techniques
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The techniques in order, each with its strength."""
-        named = zip(self.passes, self.strengths, strict=True)
-        return " > ".join(f"{name} {strength}".strip() for name, strength in named) or "dense"
+        return _name(self.passes, self.strengths)
 
     @cached_property
     def size_bytes(self) -> float:
@@ -123,6 +122,15 @@ class Cell:
         return exp(self.log_file.value)
 
 
+def _name(passes: Sequence[str], strengths: Sequence[str]) -> str:
+    named = zip(passes, strengths, strict=True)
+    return " > ".join(f"{name} {strength}".strip() for name, strength in named) or "dense"
+
+
+def _techniques(row: Row) -> Techniques:
+    return tuple(row["labels"]["passes"]), tuple(row["labels"]["strengths"])
+
+
 def _encoder(row: Row) -> int:
     return row["size_bytes"] - row["components"]["embeddings"] - row["components"]["header"]
 
@@ -136,18 +144,22 @@ class Cells:
     """All finished pipelines of a study, what failed in it, and what was left out as illegal.
 
     came: the model as it came; dense: what techniques are added to, which is that model with the recovery that every
-    pipeline has, if they have one; cells: the pipelines with techniques.
+    pipeline has, if they have one, and None before that has finished; cells: the pipelines with techniques; planned: all pipelines.
     """
 
     came: Cell
-    dense: Cell
+    dense: Cell | None
     cells: tuple[Cell, ...]
+    planned: tuple[Techniques, ...] = ()
     failed: tuple[Row, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
     @staticmethod
-    def of(rows: Iterable[Row], skipped: Iterable[Skipped] = ()) -> "Cells":
-        """The cells of `rows`; those without `passes` among their labels are no combinations and are passed over.
+    def of(
+        rows: Iterable[Row], skipped: Iterable[Skipped] = (), planned: Iterable[Techniques] = ()
+    ) -> "Cells":
+        """The cells of `rows`; those without `passes` among their labels are no combinations and are passed over. planned: the pipelines of
+        the study, those of `rows` unless said.
 
         Raises StudyRefused when no pipeline with a technique has finished, and for rows of several tasks or models.
         """
@@ -162,10 +174,9 @@ class Cells:
         for name in ("task", "split", "limit", "model"):
             if len({str(row[name]) for row in done}) > 1:
                 raise StudyRefused(f"rows of more than one {name} cannot be compared: give those of one")
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Row]] = {}
+        groups: dict[Techniques, list[Row]] = {}
         for row in done:
-            key = (tuple(row["labels"]["passes"]), tuple(row["labels"]["strengths"]))
-            groups.setdefault(key, []).append(row)
+            groups.setdefault(_techniques(row), []).append(row)
         cells = [
             Cell(passes=passes, strengths=strengths, rows=tuple(found))
             for (passes, strengths), found in groups.items()
@@ -177,24 +188,34 @@ class Cells:
                 "are no `combinations` has no report"
             )
         came = Cell(passes=(), strengths=(), rows=tuple(_as_it_came(stacked[0].rows)))
-        dense = next((cell for cell in cells if not cell.passes), came)
-        failed = tuple(row for row in ours if "error" in row)
-        return Cells(came=came, dense=dense, cells=stacked, failed=failed, skipped=tuple(skipped))
+        every = tuple(dict.fromkeys([*planned, *map(_techniques, ours)]))
+        recovered = any(not passes for passes, _ in every)
+        return Cells(
+            came=came,
+            dense=next((cell for cell in cells if not cell.passes), None if recovered else came),
+            cells=stacked,
+            planned=every,
+            failed=tuple(row for row in ours if "error" in row),
+            skipped=tuple(skipped),
+        )
 
     @cached_property
     def passes(self) -> tuple[str, ...]:
         """All techniques, in the order of the study."""
-        named = [
-            *(cell.passes for cell in self.cells),
-            *(row["labels"]["passes"] for row in self.failed),
-            *(one.passes for one in self.skipped),
-        ]
+        named = [*(passes for passes, _ in self.planned), *(one.passes for one in self.skipped)]
         return tuple(dict.fromkeys(name for names in named for name in names))
 
     @property
     def ran(self) -> tuple[Cell, ...]:
         """All pipelines: those with techniques, and before them the recovery alone, if there is one."""
-        return self.cells if self.dense is self.came else (self.dense, *self.cells)
+        recovered = self.dense is not None and self.dense is not self.came
+        return (self.dense, *self.cells) if recovered else self.cells
+
+    @property
+    def awaited(self) -> list[str]:
+        """The single techniques without a finished row."""
+        done = {(cell.passes, cell.strengths) for cell in self.cells}
+        return [_name(*one) for one in self.planned if len(one[0]) == 1 and one not in done]
 
     @property
     def timed(self) -> bool:
@@ -222,15 +243,20 @@ class Cells:
     def choice(self, best: Cell | None = None) -> dict[str, str]:
         """A strength for every technique: that of `best` where it has it, else the first one of the study."""
         found: dict[str, str] = {}
-        for one in [*([best] if best else []), *self.cells, *self.skipped]:
-            for name, strength in zip(one.passes, one.strengths, strict=True):
+        ran = [(one.passes, one.strengths) for one in [*([best] if best else []), *self.cells]]
+        for passes, strengths in [
+            *ran,
+            *self.planned,
+            *((one.passes, one.strengths) for one in self.skipped),
+        ]:
+            for name, strength in zip(passes, strengths, strict=True):
                 found.setdefault(name, strength)
-        return {name: found.get(name, "") for name in self.passes}
+        return {name: found[name] for name in self.passes}
 
     def missing(self, passes: Iterable[str], choice: Mapping[str, str]) -> str:
         """Why these techniques have no finished order, in words."""
         wanted = set(passes)
-        said = " with ".join(name for name in self.passes if name in wanted)
+        said = " with ".join(name for name in self.passes if name in wanted) or "dense"
         for row in self.failed:
             if _is_of(row["labels"]["passes"], row["labels"]["strengths"], wanted, choice):
                 return f"{said}: failed with {row['error']['type']}: {row['error']['message']}"

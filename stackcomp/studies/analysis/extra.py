@@ -89,8 +89,11 @@ class Interaction:
 
 
 def interactions(cells: Cells, choice: Mapping[str, str]) -> list[Interaction]:
-    """The interaction of every pair that has a finished order, and whose techniques have one alone."""
+    """The interaction of every pair that has a finished order, and whose techniques have one alone; none before the dense model has its
+    row."""
     found: list[Interaction] = []
+    if cells.dense is None:
+        return found
     for first, second in combinations(cells.passes, 2):
         alone = [cells.orders([name], choice) for name in (first, second)]
         together = cells.orders([first, second], choice)

@@ -54,14 +54,18 @@ def _order(cells: Cells, first: str, second: str) -> Order:
 
 
 def _swapped(cells: Cells, first: str, second: str) -> Iterator[tuple[Cell, Cell]]:
-    """Pairs of pipelines: one with `first` right before `second`, and the one with both changed about."""
+    """Pairs of pipelines with a common seed: one with `first` right before `second`, and the one with both changed about."""
     known = {(cell.passes, cell.strengths): cell for cell in cells.cells}
     for cell in cells.cells:
         for place in range(len(cell.passes) - 1):
             if cell.passes[place : place + 2] == (first, second):
                 other = known.get((_swap(cell.passes, place), _swap(cell.strengths, place)))
-                if other is not None:
+                if other is not None and _seeds(cell) & _seeds(other):
                     yield cell, other
+
+
+def _seeds(cell: Cell) -> set[int]:
+    return {row["seed"] for row in cell.rows}
 
 
 def _swap(words: tuple[str, ...], place: int) -> tuple[str, ...]:

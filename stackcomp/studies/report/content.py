@@ -48,7 +48,7 @@ def files(study: Study, rows: Sequence[Row], floor: float | None = None) -> dict
     rows: those of the study's entries, failed ones too. floor: a score on the metric's own scale; one point worse than the model as it came
     unless said. Raises StudyRefused when no combination has finished.
     """
-    cells = Cells.of(rows, study.skipped)
+    cells = Cells.of(rows, study.skipped, study.pipelines)
     title = f"Study {study.name}"
     lowest = cells.came.score - cells.sign if floor is None else floor
     parts = list(_parts(study, cells, lowest))
@@ -261,6 +261,9 @@ def _factor(one: Estimate) -> str:
 
 def _interactions(cells: Cells, choice: dict[str, str]) -> Iterator[Part]:
     found = interactions(cells, choice)
+    if cells.dense is None:
+        yield f"Undefined: {cells.missing((), choice)}."
+        return
     if not found:
         yield "No pair has finished together and one by one."
         return

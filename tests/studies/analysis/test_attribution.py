@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import StudyRefused
-from stackcomp.studies.analysis import Cells, attribution, shapley
+from stackcomp.studies.analysis import Cells, attribution, interactions, shapley
 from stackcomp.studies.analysis.attribution import coalitions
 from stackcomp.studies.study import Skipped
 from tests.studies.analysis.made import row
@@ -138,6 +138,26 @@ def test_a_missing_subset_leaves_it_undefined_and_says_which_and_why():
         "failed with BadWeights: NaN"
         in attribution(Cells.of([*ROWS[:2], failed]), cells.choice(), "file").undefined
     )
+
+
+def test_before_recovery_alone_has_finished_nothing_is_attributed():
+    failed = {**row(), "error": {"type": "BadWeights", "message": "NaN"}}
+    cells = Cells.of([failed, *ROWS])
+    assert attribution(cells, cells.choice(), "file").undefined == "dense: failed with BadWeights: NaN"
+    assert interactions(cells, cells.choice()) == []
+    cells = Cells.of(ROWS, planned=[((), ())])
+    assert attribution(cells, cells.choice(), "score").undefined == "dense: not run yet"
+    assert cells.ran == cells.cells
+
+
+def test_a_technique_that_failed_at_every_strength_says_so_and_one_that_never_ran_is_not_forgotten():
+    error = {"error": {"type": "BadWeights", "message": "NaN"}}
+    failed = [{**row(("bits", f"bits={bits}")), **error} for bits in (4, 8)]
+    cells = Cells.of([ROWS[0], *failed])
+    assert attribution(cells, cells.choice(), "file").undefined == "bits: failed with BadWeights: NaN"
+    assert cells.awaited == ["bits bits=4", "bits bits=8"]
+    cells = Cells.of(ROWS, planned=[(("other",), ("",))])
+    assert attribution(cells, cells.choice(), "file").undefined == "other: not run yet"
 
 
 def test_speed_that_was_not_measured_is_not_made_up():

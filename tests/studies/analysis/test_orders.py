@@ -54,6 +54,11 @@ def test_only_common_seeds_are_compared_and_their_spread_counts():
     assert found.score.half == pytest.approx(12.706 * 0.5**0.5 / 2**0.5, rel=1e-3)
 
 
+def test_orders_without_a_common_seed_are_not_compared():
+    (found,) = orders(Cells.of([row("a"), row("b"), row("a", "b", seed=0), row("b", "a", seed=1)]))
+    assert (found.pairs, found.score) == (0, None)
+
+
 def test_the_same_file_either_way_is_said():
     rows = [row("a", "b", file_sha256="1"), row("b", "a", file_sha256="1")]
     (found,) = orders(Cells.of(rows))
