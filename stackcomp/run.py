@@ -116,11 +116,7 @@ class Run:
             write_atomic(self.out / CHAIN, json.dumps(self._chain))
         ledger = Ledger()
         for step in range(len(self.passes) + 1):
-            with self._held(step):
-                if not self._whole(step):
-                    shutil.rmtree(self._folder(step), ignore_errors=True)
-                    self._make(step)
-                ledger = ledger.with_row(replace(self._row(step), measured=self._measured(step)))
+            ledger = ledger.with_row(self._stepped(step))
             write_atomic(self.out / ledgers.RUNNING, json.dumps(ledger.to_json(), indent=1))
         self._publish(ledger)
         last = len(self.passes)
@@ -192,12 +188,27 @@ class Run:
             yield
             return
         place = self.cache / self._chain[step]
-        place.mkdir(parents=True, exist_ok=True)
         with locked(place, wait=True):
             remove_partial(place)
             yield
 
     # one step
+
+    def _stepped(self, step: int) -> Row:
+        """The row of `step`, which is made where it is not there, as are steps before it that were removed meanwhile."""
+        while True:
+            try:
+                with self._held(step):
+                    if not self._whole(step):
+                        shutil.rmtree(self._folder(step), ignore_errors=True)
+                        self._make(step)
+                    return replace(self._row(step), measured=self._measured(step))
+            except Exception:
+                gone = [place for place in range(step) if not checkpoint.is_ours(self._folder(place))]
+                if not gone:
+                    raise
+            for place in gone:
+                self._stepped(place)
 
     def _make(self, step: int) -> None:
         """Run the pass of `step` on the files before it and save; step 0 saves the model as it came."""

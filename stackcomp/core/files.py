@@ -6,8 +6,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from stackcomp.core.errors import OutputInUse
 
@@ -104,15 +105,27 @@ def disk_is_full(error: BaseException) -> bool:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Generator[None]:
-    """Hold `folder` for this process; the system lets go when the process ends, however it ends.
+    """Hold `folder` for this process; the system lets go when the process ends, however it ends. Whoever holds it may remove it.
 
     Raises OutputInUse when another process holds it, unless told to wait for its turn.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            raise OutputInUse(
-                f"{folder} is being written by another process: wait for it, or give another folder"
-            ) from error
-        yield
+    held = False
+    while not held:
+        with _opened(folder / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                raise OutputInUse(
+                    f"{folder} is being written by another process: wait for it, or give another folder"
+                ) from error
+            held = os.fstat(file.fileno()).st_nlink > 0  # none once the folder was removed while we waited
+            if held:
+                yield
+
+
+def _opened(path: Path) -> IO[str]:
+    """`path` to write to, in its folder, which is made where it is not there."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process has removed the folder in between
+            return path.open("w")

@@ -56,7 +56,6 @@ class Rows:
     def add(self, row: Row) -> None:
         """Append `row`, or put it in place of the row with the same key; a crash leaves the old file or the new one,
         and of two processes none loses the other's row."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, wait=True):
             kept = self.read()
             known = any(old["key"] == row["key"] for old in kept)

@@ -278,17 +278,17 @@ class Runner:
 
     def _chain(self, entry: Entry) -> list[str]:
         """Names in the cache of the steps of `entry`; none before it first ran."""
-        path = self._folder(entry) / CHAIN
-        return json.loads(path.read_text("utf8")) if path.is_file() else []
+        try:
+            return json.loads((self._folder(entry) / CHAIN).read_text("utf8"))
+        except FileNotFoundError:
+            return []
 
     @contextmanager
     def _held(self, entry: Entry) -> Generator[bool]:
         """Hold `entry` for this process; gives False when another one does."""
-        place = self.out / "locks" / entry.slug
-        place.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(place))
+                stack.enter_context(locked(self.out / "locks" / entry.slug))
                 ours = True
             except OutputInUse:
                 ours = False
@@ -303,20 +303,33 @@ class Runner:
         write_atomic(mark, self.study.name)
 
     def _prune(self) -> None:
-        """Remove steps and results that no entry still to run can want."""
+        """Remove steps and results that no entry still to run can want. A result whose steps another process holds stays until the next
+        time: it names them."""
         open_ = self._to_run(list(self.study.entries))
         keys = {entry.key for entry in open_}
-        names = {name for entry in open_ for name in entry.steps}
-        marks = {mark for entry in open_ for mark in self._chain(entry)}
         sources = {entry.parent.key for entry in open_ if entry.parent is not None}
         for entry in self.study.entries:
             if entry.key in keys | self.kept:
                 continue
-            for name, mark in zip(entry.steps, self._chain(entry), strict=False):
-                if name not in names and mark not in marks:
-                    shutil.rmtree(self._cache / mark, ignore_errors=True)
-            if entry.key not in sources:
+            places = zip(entry.steps, self._chain(entry), strict=False)
+            held = [mark for name, mark in places if not self._let_go(name, mark)]
+            if not held and entry.key not in sources:
                 shutil.rmtree(self._folder(entry), ignore_errors=True)
+
+    def _let_go(self, name: str, mark: str) -> bool:
+        """Remove a step that no entry still to run can want by now; False when another process holds it."""
+        place = self._cache / mark
+        if not place.is_dir():
+            return True
+        try:
+            with locked(place):
+                open_ = self._to_run(list(self.study.entries))
+                wanted = any(name in entry.steps or mark in self._chain(entry) for entry in open_)
+                if not wanted:
+                    shutil.rmtree(place, ignore_errors=True)
+        except OutputInUse:
+            return False
+        return True
 
 
 def _body(ledger: Ledger, *, latency: bool) -> dict[str, Any]:

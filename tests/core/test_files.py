@@ -1,7 +1,10 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -56,6 +59,22 @@ def test_a_lock_is_refused_to_others_and_dies_with_its_process(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     with locked(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+def test_a_folder_that_was_removed_while_others_waited_for_it_is_made_again(tmp_path):
+    def write():
+        with locked(tmp_path / "step", wait=True):
+            (tmp_path / "step" / "file").write_text("")
+            with pytest.raises(OutputInUse), locked(tmp_path / "step"):
+                pass
+
+    other = threading.Thread(target=write)
+    with locked(tmp_path / "step"):
+        other.start()
+        time.sleep(0.2)
+        shutil.rmtree(tmp_path / "step")
+    other.join()
+    assert (tmp_path / "step" / "file").is_file()
 
 
 def test_a_full_disk_is_known_in_whatever_words_it_is_told():

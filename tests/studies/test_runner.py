@@ -15,7 +15,9 @@ import stackcomp as sc
 from stackcomp import checkpoint, metrics
 from stackcomp.cli import main
 from stackcomp.core.errors import CheckpointError, OutputInUse, PipelineRefused, SelectionEmpty, SettingError
-from stackcomp.studies import Rows, Runner
+from stackcomp.core.files import locked
+from stackcomp.run import CHAIN
+from stackcomp.studies import Rows, Runner, runner
 from tests import toys
 from tests.studies.counted import Broken, Prune, Round, Train, applied, entry, study
 
@@ -111,6 +113,50 @@ def test_what_a_missing_entry_wants_is_kept_and_the_rest_goes(run, folder, tmp_p
     rows = {row["key"]: row for row in Rows(name="toy", folder=tmp_path / "results").read()}
     assert kept == {step["fingerprint"] for step in rows["tuned/pruned"]["steps"]}
     assert [path.name[:6] for path in (tmp_path / "out" / "entries").iterdir()] == ["tuned-"]
+
+
+def test_a_step_that_another_process_holds_is_kept_until_it_lets_go(run, folder, tmp_path):
+    mine = study(folder)
+    _, rows = run(mine, only=("tuned", "tuned/pruned"), kept=frozenset({"tuned/pruned"}))
+    step = tmp_path / "out" / "cache" / rows["tuned/pruned"]["fingerprint"]
+    shorter = sc.Study(name="toy", entries=mine.entries[:2])
+    with locked(step):
+        run(shorter)
+        assert checkpoint.is_ours(step / "step")
+    run(shorter)
+    assert not step.exists()
+
+
+def test_a_step_that_an_entry_began_to_use_meanwhile_is_kept(run, folder, tmp_path, monkeypatch):
+    late, early = (entry(f"seed {seed}", folder, Round(), seed=seed) for seed in (1, 0))
+    mine = sc.Study(name="toy", entries=(late, early))
+    _, rows = run(mine, only=("seed 0",), kept=frozenset({"seed 0"}))
+    root = rows["seed 0"]["steps"][0]["fingerprint"]
+    chain = tmp_path / "out" / "entries" / late.slug / CHAIN
+
+    def slow(place, **how):
+        if place.name == root:
+            chain.parent.mkdir()
+            chain.write_text(json.dumps([root]))
+        return locked(place, **how)
+
+    monkeypatch.setattr(runner, "locked", slow)
+    run(mine, only=("seed 0",))
+    assert [path.name for path in (tmp_path / "out" / "cache").iterdir()] == [root]
+
+
+def test_a_step_that_vanished_is_made_again(run, folder, tmp_path, monkeypatch):
+    def apply(self, model, context, real=Round.apply):
+        found = next(step for step in cache.iterdir() if not (step / "scratch").is_dir())
+        if len(applied()) == 0:
+            shutil.rmtree(found)
+        return real(self, model, context)
+
+    cache = tmp_path / "out" / "cache"
+    monkeypatch.setattr(Round, "apply", apply)
+    failures, _ = run(sc.Study(name="toy", entries=(entry("a", folder, Round()),)))
+    assert failures == 0
+    assert applied() == ["Round", "Round"]
 
 
 def test_a_failing_entry_says_so_in_its_row_and_the_rest_goes_on(run, folder):

@@ -208,8 +208,8 @@ class Cells:
     @property
     def ran(self) -> tuple[Cell, ...]:
         """All pipelines: those with techniques, and before them the recovery alone, if there is one."""
-        recovered = self.dense is not None and self.dense is not self.came
-        return (self.dense, *self.cells) if recovered else self.cells
+        dense = self.dense
+        return self.cells if dense is None or dense is self.came else (dense, *self.cells)
 
     @property
     def awaited(self) -> list[str]:
