@@ -11,7 +11,7 @@ import pytest
 
 import stackcomp as sc
 from stackcomp.cli import main
-from stackcomp.core.errors import StudyRefused
+from stackcomp.core.errors import SettingError, StudyRefused
 from stackcomp.studies.report import write
 from stackcomp.studies.report.document import Table, html, markdown
 from stackcomp.studies.study import Skipped
@@ -56,7 +56,7 @@ def test_timed_pipelines_are_also_shown_by_latency(tmp_path):
     ]
     page, text = texts(tmp_path, timed)
     assert "Score against latency" in page
-    (front,) = re.findall(r"as fast and scores as much\..*?(\|.*?)\n\n", text, re.DOTALL)
+    (front,) = re.findall(r"as fast and scores as well\..*?(\|.*?)\n\n", text, re.DOTALL)
     assert [line.split("|")[2].strip() for line in front.splitlines()[2:]] == ["dense", "half"]
     assert "| 0.50x |" in front
     assert "half: 79.50, 0.50 of dense latency" in page
@@ -94,7 +94,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(tmp_path):
 
 def test_both_files_say_the_same_figures(tmp_path):
     for text in texts(tmp_path):
-        assert "at a score of at least 79.00: 67% more compression" in text
+        assert "at a score of at least 79.00: 67% more compression (one seed): the smallest stack" in text
         assert "alone give 2.67x when multiplied; together they give 3.33x, 25% more" in text
         assert "changes the score by +2.40 ± 0.28 points against the other order" in text
         assert "3.33x in all, the mean of 2 orders" in text
@@ -115,6 +115,37 @@ def test_words_from_outside_cannot_become_tags():
     table = Table(titles=["<b>"], rows=[["a | <script>x\ny"]], code=frozenset({0}))
     assert "<script>" not in html("<i>", ["1 < 2", table])
     assert "| `a \\| <script>x y` |" in markdown("t", [table])
+    assert "| a \\| b c |" in markdown("t", [Table(titles=["why"], rows=[["a | b\nc"]])])
+
+
+def test_perplexity_is_told_in_words_and_colours_that_fit_it(tmp_path):
+    rows = [{**one, "metric": "perplexity", "steps": [{**step, "metric": "perplexity"} for step in one["steps"]]} for one in ROWS]
+    page, text = texts(tmp_path, rows)
+    assert "at a score of at most 81.00: 67% more" in text
+    assert "above 0 they hinder each other" in text
+    better = page.partition("Points of score: ")[2].partition("<table>")[0]
+    assert better.count("var(--first)") == 2  # both techniques lower it
+    assert "var(--second)" not in better
+
+
+def test_several_seeds_have_an_interval_where_a_draw_changes_something(tmp_path):
+    rows = [*ROWS, *({**one, "seed": 1, "key": f"{one['key']}1"} for one in ROWS)]
+    same = "67% more compression (the same in every draw of the scores)"
+    assert same in texts(tmp_path, rows)[1]
+    near = {"score": 79.05, "difference": -0.95, "difference_noise": 2.0}
+    rows = [{**one, **near} if one["key"].startswith("half/") else one for one in rows]
+    assert "67% more compression (95% interval +67% to +150%)" in texts(tmp_path, rows)[1]
+
+
+def test_singles_without_a_finished_row_are_named_beside_the_figure(tmp_path):
+    failed = {**ROWS[1], "error": {"type": "BadWeights", "message": "NaN"}}
+    for text in texts(tmp_path, [ROWS[0], failed, *ROWS[2:]]):
+        assert "Singles without a finished row, which do not count: rest." in text
+
+
+def test_a_floor_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(SettingError, match="floor=inf is no score"):
+        texts(tmp_path, floor=float("inf"))
 
 
 def test_a_floor_out_of_reach_names_the_best_and_the_gap(tmp_path):

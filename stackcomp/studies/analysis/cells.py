@@ -218,6 +218,11 @@ class Cells:
         return [_name(*one) for one in self.planned if len(one[0]) == 1 and one not in done]
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds of all pipelines with techniques."""
+        return sorted({row["seed"] for cell in self.cells for row in cell.rows})
+
+    @property
     def timed(self) -> bool:
         """Whether all pipelines were timed."""
         return all(cell.log_speed is not None for cell in self.ran)
@@ -231,6 +236,11 @@ class Cells:
     def sign(self) -> int:
         """1 where a higher score is better, -1 where a lower one is."""
         return direction(self.metric)
+
+    @property
+    def bound(self) -> str:
+        """What a floor is, in words: lower scores may be the better ones."""
+        return "at least" if self.sign > 0 else "at most"
 
     def misses(self, cell: Cell, floor: float) -> float:
         """By how many points of the metric the cell misses the floor; 0 or less where it reaches it."""

@@ -21,10 +21,10 @@ class Extra:
     reads "50% more".
 
     of: whose bytes are meant; single, stack: the pipelines with the fewest; a stack has two techniques or more. value: None
-    where no single, or no stack, reaches the floor. interval: 95% of the draws with a figure; drawn: their share of all. ceiling: the extra
-    if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is meant. predicted: the stack's
-    compression if those of its techniques alone multiplied, None where one of them has no row; found: what it is. nearest:
-    what scores best among the singles and among the stacks.
+    where no single, or no stack, reaches the floor. interval: 95% of the draws with a figure; drawn: their share of all; seeds: how many
+    the pipelines have. ceiling: the extra if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is meant.
+    predicted: the stack's compression if those of its techniques alone multiplied, None where one of them has no row; found: what it is.
+    nearest: what scores best among the singles and among the stacks.
     """
 
     of: Bytes
@@ -34,10 +34,19 @@ class Extra:
     value: float | None = None
     interval: tuple[float, float] | None = None
     drawn: float = 0.0
+    seeds: int = 1
     ceiling: float | None = None
     predicted: float | None = None
     found: float | None = None
     nearest: tuple[Cell | None, Cell | None]
+
+    @property
+    def sure(self) -> str:
+        """How sure the value is, in words: one seed has no interval, and where no draw changes a choice it has no width."""
+        if self.seeds == 1 or self.interval is None:
+            return "one seed"
+        low, high = self.interval
+        return f"95% interval {low:+.0%} to {high:+.0%}" if low < high else "the same in every draw of the scores"
 
 
 def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
@@ -65,6 +74,7 @@ def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
         value=_bytes(single, of) / _bytes(stack, of) - 1,
         interval=(float(low), float(high)),
         drawn=float(both.mean()),
+        seeds=len(cells.seeds),
         ceiling=single.size_bytes / rest - 1 if of == "file" else None,
         predicted=_product(cells, stack, of),
         found=exp(_log(stack, of).value),

@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 
+from stackcomp.core.errors import SettingError
 from stackcomp.core.files import write_atomic
 from stackcomp.studies.analysis import (
     MEASURES,
@@ -46,8 +47,10 @@ def files(study: Study, rows: Sequence[Row], floor: float | None = None) -> dict
     """The report as NAME.html and as NAME.md.
 
     rows: those of the study's entries, failed ones too. floor: a score on the metric's own scale; one point worse than the model as it came
-    unless said. Raises StudyRefused when no combination has finished.
+    unless said. Raises StudyRefused when no combination has finished, SettingError for a floor that is no number.
     """
+    if floor is not None and not isfinite(floor):
+        raise SettingError(f"floor={floor} is no score: give a number on the scale of the metric")
     cells = Cells.of(rows, study.skipped, study.pipelines)
     title = f"Study {study.name}"
     lowest = cells.came.score - cells.sign if floor is None else floor
@@ -63,9 +66,10 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
     yield Heading("What the stack gives beyond the best single technique")
     yield from _extra(cells, whole)
     yield from _extra(cells, encoder)
+    anew = "" if whole.seeds == 1 else "; the interval makes both choices anew for every draw of the scores"
     yield (
         f"Pipelines are chosen and scored on the same examples ({cells.came.rows[0]['examples']} of the {cells.cells[0].rows[0]['split']} "
-        "split); the interval makes both choices anew for every draw of the scores."
+        f"split){anew}."
     )
     yield Heading("Score against bytes")
     yield from _front(cells, floor)
@@ -91,7 +95,7 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
 
 
 def _counted(study: Study, cells: Cells) -> str:
-    planned = sum("passes" in entry.labels for entry in study.entries)
+    planned = len(study.pipelines)
     done = sum(len(cell.rows) for cell in cells.ran)
     failed = f", {len(cells.failed)} failed" if cells.failed else ""
     return (
@@ -103,7 +107,6 @@ def _counted(study: Study, cells: Cells) -> str:
 
 def _made(study: Study, cells: Cells) -> Iterator[Part]:
     row, came = cells.cells[0].rows[0], cells.came
-    seeds = sorted({one["seed"] for cell in cells.cells for one in cell.rows})
     yield (
         f"{row['task']}, {row['split']} split, {row['examples']} examples. The model as it came: {cells.metric} {came.score:.2f} ± "
         f"{came.rows[0]['noise']:.2f}, {_mb(came.size_bytes)}, of which {_mb(came.size_bytes - came.encoder_bytes)} are embeddings and "
@@ -111,7 +114,7 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
     )
     yield (
         f"Run on {row['date']}: {row['machine']['processor']}, threads: {row['machine']['threads']}, torch "
-        f"{row['versions']['torch']}, transformers {row['versions']['transformers']}; seeds: {', '.join(map(str, seeds))}."
+        f"{row['versions']['torch']}, transformers {row['versions']['transformers']}; seeds: {', '.join(map(str, cells.seeds))}."
     )
     if study.skipped:
         reasons = Counter(one.reason for one in study.skipped)
@@ -125,16 +128,15 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
 
 def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
     where = "Whole file" if found.of == "file" else "Encoder"
-    start = f"{where}, at a score of at least {found.floor:.2f}: "
-    if found.value is None or found.interval is None or found.single is None or found.stack is None:
-        yield start + " ".join(_missed(cells, found))
+    start = f"{where}, at a score of {cells.bound} {found.floor:.2f}: "
+    end = f" Singles without a finished row, which do not count: {', '.join(cells.awaited)}." if cells.awaited else ""
+    if found.value is None or found.single is None or found.stack is None:
+        yield start + " ".join(_missed(cells, found)) + end
         return
-    low, high = found.interval
-    always = "" if found.drawn > 0.995 else f" (where there is a figure: {found.drawn:.0%} of the draws)"
+    always = "" if found.seeds == 1 or found.drawn > 0.995 else f", where there is a figure: {found.drawn:.0%} of the draws"
     said = (
-        f"{abs(found.value):.0%} {'more' if found.value >= 0 else 'less'} compression: the smallest stack that scores so much, "
-        f"{_named(found.stack, found.of)}, against the smallest single technique, {_named(found.single, found.of)}. "
-        f"95% interval from {low:+.0%} to {high:+.0%}{always}."
+        f"{abs(found.value):.0%} {'more' if found.value >= 0 else 'less'} compression ({found.sure}{always}): the smallest stack that "
+        f"reaches it, {_named(found.stack, found.of)}, against the smallest single technique, {_named(found.single, found.of)}."
     )
     if found.ceiling is not None:
         said += f" If the encoder took no bytes at all, and the rest as many as in this stack, it would be {found.ceiling:+.0%}."
@@ -144,7 +146,7 @@ def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
             f" Its techniques alone give {found.predicted:.2f}x when multiplied; together they give {found.found:.2f}x, "
             f"{abs(found.found / found.predicted - 1):.0%} {more}."
         )
-    yield start + said
+    yield start + said + end
 
 
 def _missed(cells: Cells, found: Extra) -> Iterator[str]:
@@ -173,7 +175,7 @@ def _named(cell: Cell, of: str) -> str:
 def _front(cells: Cells, floor: float) -> Iterator[Part]:
     front = pareto(cells)
     yield pictures.pareto(cells, front, floor)
-    yield "The Pareto front: no other pipeline is as small and scores as much."
+    yield "The Pareto front: no other pipeline is as small and scores as well."
     yield Table(
         titles=["", "pipeline", cells.metric, "against dense", "file", "compression", "encoder"],
         rows=[
@@ -196,7 +198,7 @@ def _fastest(cells: Cells, floor: float) -> Iterator[Part]:
     across = pictures.LATENCY
     front = pareto(cells, across.of)
     yield pictures.pareto(cells, front, floor, across)
-    yield "The Pareto front: no other pipeline is as fast and scores as much. One batch of texts, beside the dense model in turn."
+    yield "The Pareto front: no other pipeline is as fast and scores as well. One batch of texts, beside the dense model in turn."
     yield Table(
         titles=["", "pipeline", cells.metric, "against dense", "latency", "file"],
         rows=[
@@ -226,10 +228,10 @@ def _attributions(cells: Cells, choice: dict[str, str]) -> Iterator[Part]:
         + (f" Strengths: {', '.join(strengths)}." if strengths else "")
     )
     for measure in MEASURES:
-        yield from _attribution(attribution(cells, choice, measure))
+        yield from _attribution(attribution(cells, choice, measure), cells.sign if measure == "score" else 1)
 
 
-def _attribution(found: Attribution) -> Iterator[Part]:
+def _attribution(found: Attribution, sign: int) -> Iterator[Part]:
     title = TITLES[found.measure]
     if found.total is None:
         yield f"{title}: attribution is undefined: {found.undefined}."
@@ -238,7 +240,7 @@ def _attribution(found: Attribution) -> Iterator[Part]:
     yield f"{title}: {said(found.total)} in all, the mean of {found.orders} orders."
     total = found.total
     shown = str if found.measure == "score" else lambda one: _part(one, total)
-    yield pictures.bars([(name, one, shown(one)) for name, one in found.shares.items()])
+    yield pictures.bars([(name, one, shown(one)) for name, one in found.shares.items()], sign)
     rows = [[name, shown(one), said(found.without[name])] for name, one in found.shares.items()]
     yield Table(
         titles=["technique", "Shapley value", "when left out"], rows=[*rows, ["all", said(found.total), ""]]
@@ -267,9 +269,10 @@ def _interactions(cells: Cells, choice: dict[str, str]) -> Iterator[Part]:
     if not found:
         yield "No pair has finished together and one by one."
         return
+    worse = "below" if cells.sign > 0 else "above"
     yield (
         "What two techniques give together against what they give one by one. Compression: the factor by which the pair is beyond "
-        "the product of both; above 1 they help each other. Points: the pair's change less both changes; below 0 they "
+        f"the product of both; above 1 they help each other. Points: the pair's change less both changes; {worse} 0 they "
         "hinder each other. Two techniques that work on different parts of a file always help each other in bytes: each "
         "makes the other's part count for more."
     )

@@ -49,14 +49,12 @@ def _markdown(part: Part) -> str:
         return f"## {part.text}"
     if isinstance(part, Table):
         marks = ["--:" if _side(part, column) == "figure" else "---" for column in range(len(part.titles))]
+        words = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [part.titles, *part.rows]]
         rows = [
-            [
-                f"`{' '.join(cell.split())}`" if column in part.code else cell
-                for column, cell in enumerate(row)
-            ]
-            for row in part.rows
+            [f"`{cell}`" if column in part.code else cell for column, cell in enumerate(row)]
+            for row in words[1:]
         ]
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in [part.titles, marks, *rows]]
+        lines = [words[0], marks, *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     assert isinstance(part, str)
     return part

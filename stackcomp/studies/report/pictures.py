@@ -96,7 +96,7 @@ def pareto(cells: Cells, front: Sequence[Cell], lowest: float, across: Across = 
         f"Score against {across.words} (logarithmic). Square: the dense model; diamond: one technique; circle: a stack. "
         "Filled, joined and numbered as in the table: the Pareto front. Solid line: the model as it came; grey: how far from "
         "it a score may be by chance, the 95% noise of the difference, in the middle of all pipelines. "
-        f"Dashed line: the floor, {lowest:.2f}. Triangle on the lower edge: it scores less than is shown."
+        f"Dashed line: the floor, {lowest:.2f}. Triangle on the lower edge: it scores worse than is shown."
     )
     plot = f'<div class="plot"><svg height="{HEIGHT}" role="img">{"".join(parts)}</svg></div>'
     return _figure(plot, caption)
@@ -185,8 +185,9 @@ def _text(x: str, y: float, words: str, anchor: str, kind: str = "", dx: float =
     return f'<text x="{x}" y="{y}" dx="{dx}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
 
 
-def bars(items: Sequence[tuple[str, Estimate, str]]) -> Picture:
-    """A bar an item from a common zero, to the right where it is above 0, with its interval; each with its words."""
+def bars(items: Sequence[tuple[str, Estimate, str]], sign: int = 1) -> Picture:
+    """A bar an item from a common zero, to the right where it is above 0, with its interval; each with its words. sign: -1 where what is
+    below 0 is the better."""
     low = min(0.0, *(one.value - one.half for _, one, _ in items))
     high = max(0.0, *(one.value + one.half for _, one, _ in items))
     span = (high - low) or 1.0
@@ -197,7 +198,7 @@ def bars(items: Sequence[tuple[str, Estimate, str]]) -> Picture:
     lines: list[str] = []
     for name, one, words in items:
         begin, end = sorted((across(0.0), across(one.value)))
-        colour = "var(--first)" if one.value >= 0 else "var(--second)"
+        colour = "var(--first)" if sign * one.value >= 0 else "var(--second)"
         bar = f'<span style="left:{begin:.2f}%;width:{end - begin:.2f}%;background:{colour}"></span>'
         noise = f'<span class="whisker" style="left:{across(one.value - one.half):.2f}%;width:{200 * one.half / span:.2f}%"></span>'
         zero = f'<span class="zero" style="left:{across(0.0):.2f}%"></span>'
