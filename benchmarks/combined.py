@@ -32,45 +32,53 @@ def study(name: str) -> Study:
 
 def report(name: str, rows: Sequence[Row]) -> dict[str, str]:
     """The whole report as an HTML and a Markdown file, by name; nothing before there are rows."""
-    return files(study(name), rows) if rows else {}
+    asked = study(name)
+    ours = asked.own(rows)
+    return files(asked, ours) if ours else {}
 
 
 def headline(rows: Sequence[Row]) -> str:
     """The extra compression of the best stack, and what each technique gave of it."""
-    if not rows:
+    asked = study(NAME)
+    ours = asked.own(rows)
+    if not ours:
         return not_run(NAME)
-    cells = Cells.of(rows, study(NAME).skipped)
+    cells = Cells.of(ours, asked.skipped, asked.pipelines)
     floor = cells.came.score - LOSS
     whole, encoder = extra(cells, floor), extra(cells, floor, "encoder")
     best = whole.stack or whole.nearest[1]
     parts = [attribution(cells, cells.choice(best), measure) for measure in ("file", "encoder", "score")]
-    lines = [
-        [name, *(_said(part, part.shares[name].value) for part in parts)]
-        for name in cells.passes
-        if parts[0].shares
-    ]
-    total = ["all of them", *(_said(part, part.total.value) for part in parts if part.total)]
+    row = cells.cells[0].rows[0]
     return "\n\n".join(
         [
-            table(["technique", "file", "encoder", "points"], [*lines, total]),
-            f"{_sentence(whole, 'The whole file')} {_sentence(encoder, 'The encoder')}",
-            f"{len(rows)} pipelines, chosen and scored on the same {rows[0]['examples']} pairs, one seed. "
-            f"Made by `stackcomp study {file(NAME)}` on {rows[0]['date']}: {rows[0]['machine']['processor']}, "
-            f"{rows[0]['machine']['threads']} thread, torch {rows[0]['versions']['torch']}.",
+            _attributed(cells, parts),
+            f"{_sentence(cells, whole, 'The whole file')} {_sentence(cells, encoder, 'The encoder')}",
+            f"{len(cells.ran)} of {len(cells.planned)} pipelines, chosen and scored on the same {row['examples']} pairs. "
+            f"Made by `stackcomp study {file(NAME)}` on {row['date']}: {row['machine']['processor']}, "
+            f"{row['machine']['threads']} thread, torch {row['versions']['torch']}.",
         ]
     )
+
+
+def _attributed(cells: Cells, parts: Sequence[Attribution]) -> str:
+    """What each technique gave, or why that is not known."""
+    for part in parts:
+        if part.total is None:
+            return f"What each technique gave of it is undefined: {part.undefined}."
+    lines = [[name, *(_said(part, part.shares[name].value) for part in parts)] for name in cells.passes]
+    total = ["all of them", *(_said(part, part.total.value) for part in parts if part.total)]
+    return table(["technique", "file", "encoder", "points"], [*lines, total])
 
 
 def _said(part: Attribution, value: float) -> str:
     return f"{value:+.2f}" if part.measure == "score" else f"{exp(value):.2f}x"
 
 
-def _sentence(found: Extra, subject: str) -> str:
-    if found.value is None or found.single is None or found.stack is None or found.interval is None:
-        return f"{subject}: no stack, or no single technique, scores at least {found.floor:.2f}."
-    low, high = found.interval
-    sure = f"95% interval {low:+.0%} to {high:+.0%}"
+def _sentence(cells: Cells, found: Extra, subject: str) -> str:
+    awaited = f" (without a finished row: {', '.join(cells.awaited)})" if cells.awaited else ""
+    if found.value is None or found.single is None or found.stack is None:
+        return f"{subject}: no stack, or no single technique{awaited}, scores at least {found.floor:.2f}."
     return (
-        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} compresses **{found.value:.0%} more** ({sure}) "
-        f"than the best single technique, {found.single.name}."
+        f"{subject}, at a loss of at most {LOSS:g} point: {found.stack.name} compresses **{found.value:.0%} more** ({found.sure}) "
+        f"than the best single technique{awaited}, {found.single.name}."
     )

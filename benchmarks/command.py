@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stackcomp.core.errors import OutputInUse
 from stackcomp.core.files import locked
 from stackcomp.studies.rows import FOLDER, Rows
 
@@ -29,7 +30,10 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 @contextmanager
 def study(name: str, options: argparse.Namespace) -> Iterator[Rows]:
     """The rows of a study, with its working folder held for this process, so that two runs cannot mix."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.out.resolve() == options.results.resolve():
+        raise OutputInUse(
+            f"--out and --results are both {options.out}, which is held for the run: give two folders"
+        )
     with locked(options.out):
         yield Rows(name=name, folder=options.results)
 

@@ -119,12 +119,7 @@ class Comparison:
         The same training on another processor gives another dense model, up to a point of score away: a row that came of one is told
         as the score of ours plus its own difference to that one.
         """
-        rows = {row["key"]: row for row in self.rows}
-        done = [
-            rows[entry.key]
-            for entry in self.study.entries
-            if entry.key in rows and entry.is_done(rows[entry.key])
-        ]
+        done = [row for row in self.study.own(self.rows) if "error" not in row]
         dense = {
             (row["labels"]["task"], row["seed"]): row["score"]
             for row in done
@@ -133,16 +128,17 @@ class Comparison:
         return [
             row
             if row["labels"]["method"] == DENSE[0]
-            else row
-            | {"score": dense.get((row["labels"]["task"], row["seed"]), _parent(row)) + row["difference"]}
+            else {
+                **row,
+                "score": dense.get((row["labels"]["task"], row["seed"]), _parent(row)) + row["difference"],
+            }
             for row in done
         ]
 
     @cached_property
     def failed(self) -> list[Row]:
         """The rows that say why an entry failed."""
-        keys = {entry.key for entry in self.study.entries}
-        return [row for row in self.rows if "error" in row and row["key"] in keys]
+        return [row for row in self.study.own(self.rows) if "error" in row]
 
     @cached_property
     def missing(self) -> list[Entry]:

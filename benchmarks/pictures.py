@@ -123,6 +123,11 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
         return _svg(figure)
 
 
+def _say_not_run(axes: "Axes") -> None:
+    axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color=GREY)
+    axes.set_axis_off()
+
+
 def _panel(axes: "Axes", found: Comparison, task: str) -> None:
     drawn: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in found.finished if row["labels"]["task"] == task]
@@ -131,11 +136,11 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
         points = sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells if cell.rows)
         if points:
             drawn[method] = points
-    if not drawn:
-        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color=GREY)
-        axes.set_axis_off()
+    beside = found.cell(task, *DENSE)
+    if not drawn or not beside.rows:
+        _say_not_run(axes)
         return
-    dense = found.cell(task, *DENSE).score
+    dense = beside.score
     lines = {name for name in drawn if _METHODS[name][3]}
     floor = _floor([dense.value, *(score for name in lines for _, score in drawn[name])])
     heights = [max(score, floor) for points in drawn.values() for _, score in points] + [dense.value]
@@ -204,6 +209,9 @@ def _few_bits(found: Comparison, task: str) -> dict[tuple[str, ...], list[tuple[
 def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     drawn = _few_bits(found, task)
     dense = found.cell(task, *DENSE)
+    if not dense.rows:
+        _say_not_run(axes)
+        return
     value, half = dense.score.value, dense.score.half
     scores = [score for methods, points in drawn.items() if methods != _FAR_BELOW for _, score in points]
     floor = _floor([value, *scores])

@@ -2,27 +2,32 @@
 
 from collections.abc import Sequence
 
+from benchmarks.command import ROOT
 from benchmarks.tables import plus_minus, table
+from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies.rows import Row
+from stackcomp.studies.search import Search
 
 NAME = "smallest_sst2"
 COMMAND = f"stackcomp search pipelines/studies/{NAME}.py"
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """The chosen pipeline, what it was chosen from, and its declaration."""
-    done = [row for row in rows if "error" not in row]
-    chosen = [row for row in done if row["labels"].get("rung") == "chosen"]
-    if not chosen:
+def search() -> Search:
+    """What is searched for."""
+    return read_file(ROOT / "pipelines" / "studies" / f"{NAME}.py")["search"]
+
+
+def headline(rows: Sequence[Row], asked: Search | None = None) -> str:
+    """The chosen pipeline, what it was chosen from, and its declaration; only rows that the search would make today count."""
+    asked = asked or search()
+    done = [row for row in rows if "error" not in row and asked.made(row)]
+    chosen = {_name(row): row for row in done if row["labels"]["rung"] == "chosen"}
+    rungs = [row for row in done if row["labels"]["rung"] != "chosen"]
+    last = [row for row in rungs if row["labels"]["rung"] == len(asked.rungs) and _name(row) in chosen]
+    if not last:
         return f"Not run to its end yet: `{COMMAND}` makes the rows."
-    (best,) = chosen
-    rungs = [row for row in done if isinstance(row["labels"].get("rung"), int)]
-    (searched,) = [
-        row
-        for row in rungs
-        if row["declaration"] == best["declaration"]
-        and row["labels"]["rung"] == max(one["labels"]["rung"] for one in rungs)
-    ]
+    searched = min(last, key=lambda row: (not asked.reaches(row), asked.cost(row)))
+    best = chosen[_name(searched)]
     lines = [("dense", best["steps"][0]), (f"**{_name(best)}**", best)]
     cells = [
         [

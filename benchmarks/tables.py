@@ -314,7 +314,7 @@ def kill_in_words(rows: Sequence[Row]) -> str:
 
 def kill_study(rows: Sequence[Row]) -> str:
     """How many kills a study went through, and whether it ended as the one that was left alone."""
-    if not rows:
+    if not rows or not rows[-1]["moments"]:
         return not_run("kill_study")
     row = rows[-1]
     spread = [moment["rows"] for moment in row["moments"]]

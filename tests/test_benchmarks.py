@@ -9,6 +9,7 @@ import pytest
 
 import stackcomp as sc
 from benchmarks import (
+    combined,
     command,
     factorizing,
     kill,
@@ -63,6 +64,14 @@ def test_a_row_is_added_once_a_key_and_read_back_in_order(rows):
     assert {path.name for path in rows.folder.iterdir()} == {".lock", "mine.jsonl"}
 
 
+def test_of_two_rows_of_a_key_the_last_one_counts(rows):
+    rows.folder.mkdir()
+    rows.path.write_text('{"key": "a", "value": 1}\n{"key": "b"}\n{"key": "a", "value": 2}\n')
+    assert rows.read() == [{"key": "a", "value": 2}, {"key": "b"}]
+    rows.add({"key": "a", "value": 3})
+    assert rows.path.read_text() == '{"key": "a", "value": 3}\n{"key": "b"}\n'
+
+
 def test_has_compares_what_would_run_again(rows):
     rows.add({"key": "a", "seed": 0})
     assert rows.has("a")
@@ -112,6 +121,24 @@ def test_help(name):
     )
     assert done.returncode == 0, done.stderr
     assert f"python -m benchmarks.{name}" in done.stdout
+
+
+def test_combined_counts_rows_of_today_and_says_what_is_missing():
+    rows = Rows(name=combined.NAME, folder=command.ROOT / command.FOLDER).read()
+    failed = {**rows[0], "error": {"type": "BadWeights", "message": "NaN"}}
+    text = combined.headline([failed, *rows[1:]])
+    assert "is undefined: dense-sparse: failed with BadWeights: NaN." in text
+    assert "than the best single technique (without a finished row: dense-sparse), int4 embeddings" in text
+    assert "35 of 36 pipelines" in text
+    stale = [{**row, "declaration": "Pipeline(Old())", "size_bytes": 1} for row in rows[:1]]
+    assert combined.headline([*stale, *rows[1:]]).count("35 of 36 pipelines") == 1
+    assert combined.headline(stale) == tables.not_run(combined.NAME)
+
+
+def test_working_folder_and_results_in_one_place_are_refused(tmp_path):
+    options = argparse.Namespace(out=tmp_path, results=tmp_path / "." / "")
+    with pytest.raises(OutputInUse, match="give two folders"), command.study("mine", options):
+        pass
 
 
 def test_two_runs_of_one_study_do_not_mix(tmp_path):
@@ -373,5 +400,6 @@ def test_tables_do_not_hide_a_difference():
     moments = [{"after_seconds": 1.0, "rows": 3}]
     study = {"key": "study", "seconds": 9.0, "entries": 4, "moments": moments, "ended": 1, "identical": False}
     assert "**not the same** rows" in tables.kill_study([study | common])
+    assert tables.kill_study([study | common | {"moments": []}]) == tables.not_run("kill_study")
     assert "1 of 2 weights files" in tables.kill(rows)
     assert "**no**" in tables.kill(rows)

@@ -201,6 +201,8 @@ def test_rows_of_another_declaration_and_failed_ones_do_not_count():
     assert f"1 of {len(STUDY.entries)} entries are done" in page
     assert "(1 of them failed)" in page
     assert "| failed |" in line(page, "| conventional practice |")
+    older = Comparison(study=STUDY, rows=[{**rows[2], "declaration": "Pipeline(Old())"}])
+    assert older.failed == []
 
 
 # page and README
@@ -317,6 +319,11 @@ def test_the_picture_shows_what_there_is():
     some = compared(only=lambda entry: entry.labels["task"] == "stsb")
     for found in (compared(), some, compared(only=lambda entry: entry.labels["method"] == "dense")):
         assert "</svg>" in pictures.dsformer(found, dsformer.TASKS)
+
+
+def test_without_its_dense_model_a_task_has_no_panel():
+    found = compared(only=lambda entry: entry.labels["method"] != "dense")
+    assert "not run yet" in pictures.dsformer(found, dsformer.TASKS)
 
 
 def test_labels_keep_their_room_and_stay_where_they_can():

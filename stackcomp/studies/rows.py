@@ -37,29 +37,27 @@ class Rows:
         return self.folder / f"{self.name}.jsonl"
 
     def read(self) -> list[Row]:
-        """All rows in the order they were first added; none when the study has not run. Raises ResultsDamaged,
-        naming the line, for what is no row."""
+        """All rows in the order they were first added, of several with one key (two files put together) the last one; none when the study
+        has not run. Raises ResultsDamaged, naming the line, for what is no row."""
         if not self.path.is_file():
             return []
-        found: list[Row] = []
+        found: dict[str, Row] = {}
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line.decode("utf8"))
-                row["key"]
+                found[row["key"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ResultsDamaged(
                     f"{self.path}, line {number}: no row ({error!r}); remove the line"
                 ) from error
-            found.append(row)
-        return found
+        return [*found.values()]
 
     def add(self, row: Row) -> None:
         """Append `row`, or put it in place of the row with the same key; a crash leaves the old file or the new one,
         and of two processes none loses the other's row."""
         with locked(self.folder, wait=True):
-            kept = self.read()
-            known = any(old["key"] == row["key"] for old in kept)
-            self._write([row if old["key"] == row["key"] else old for old in kept] if known else [*kept, row])
+            kept = {old["key"]: old for old in self.read()}
+            self._write({**kept, row["key"]: row}.values())
 
     def remove(self, keys: Collection[str]) -> None:
         """Remove the rows of these keys."""

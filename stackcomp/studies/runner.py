@@ -155,7 +155,7 @@ class Runner:
             row = rows.get(entry.key, {})
             if entry.key in done:
                 lines.append(f"done     {_figures(row)}")
-            elif "error" in row:
+            elif "error" in row and entry.made(row):
                 lines.append(f"failed   {entry.key}  {row['error']['type']}: {row['error']['message']}")
             else:
                 lines.append(f"missing  {entry.key}")

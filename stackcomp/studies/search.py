@@ -103,6 +103,40 @@ class Search:
         for name in self.always:
             one_of("always", name, self.passes)
 
+    def entry(self, choice: "Choice", place: int) -> Entry:
+        """A pipeline as it is run in a rung, of which the first one's place is 1."""
+        rung = self.rungs[place - 1]
+        return replace(
+            self.final(choice),
+            key=_key(choice, place),
+            pipeline=Pipeline(*(_shortened(one.item, rung.steps) for one in choice)),
+            labels={**_labels(choice), "rung": place},
+            split="selection",
+            limit=rung.examples,
+        )
+
+    def final(self, choice: "Choice") -> Entry:
+        """A pipeline in full, scored on the test split."""
+        return Entry(
+            key=_key(choice, "chosen"),
+            model=self.model,
+            task=self.task,
+            pipeline=Pipeline(*(one.item for one in choice)),
+            seed=self.seed,
+            tokenizer=self.tokenizer,
+            labels={**_labels(choice), "rung": "chosen"},
+        )
+
+    def made(self, row: Row) -> bool:
+        """Whether the search as it is declared today would run what this row is of."""
+        labels, known = row["labels"], {(one.name, one.strength): one for one in techniques(self.passes)}
+        named = [*zip(labels.get("passes", ()), labels.get("strengths", ()), strict=True)]
+        places = [*range(1, len(self.rungs) + 1), "chosen"]
+        if not named or labels.get("rung") not in places or not all(one in known for one in named):
+            return False
+        choice, place = tuple(known[one] for one in named), labels["rung"]
+        return (self.final(choice) if place == "chosen" else self.entry(choice, place)).made(row)
+
     def cost(self, row: Row) -> float:
         """What is minimised: log2 of the bytes and the points beyond `loss`; or the points lost and the doublings beyond `size_bytes`.
 
@@ -163,7 +197,7 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
         best = walk.rank([choice for choice, _ in walk.finished(best)[:count]], rung, place)
     finished = walk.finished(best)
     choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
-    (chosen,) = walk.run([walk.final(choice)]).values()
+    (chosen,) = walk.run([asked.final(choice)]).values()
     if "error" in chosen:
         raise StudyRefused(
             f"search {asked.name!r}: {chosen['key']} failed on the test split ({chosen['error']['type']}: {chosen['error']['message']}): "
@@ -213,7 +247,7 @@ class _Walk:
 
     def _tried(self, choices: Sequence[Choice], rung: Rung, place: int) -> "dict[Choice, Costs]":
         """Run pipelines in a rung; what each costs."""
-        found = self.run([self._entry(choice, rung, place) for choice in choices])
+        found = self.run([self._asked.entry(choice, place) for choice in choices])
         self._latest |= {choice: found[_key(choice, place)] for choice in choices}
         return {choice: self._costs(self._latest[choice], rung) for choice in choices}
 
@@ -298,30 +332,6 @@ class _Walk:
             kept = frozenset(entry.key for entry in (*line, *last))
             Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
         return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
-
-    def _entry(self, choice: Choice, rung: Rung, place: int) -> Entry:
-        """A pipeline as it is run in a rung."""
-        return replace(
-            self.final(choice),
-            key=_key(choice, place),
-            pipeline=Pipeline(*(_shortened(one.item, rung.steps) for one in choice)),
-            labels={**_labels(choice), "rung": place},
-            split="selection",
-            limit=rung.examples,
-        )
-
-    def final(self, choice: Choice) -> Entry:
-        """A pipeline in full, scored on the test split."""
-        asked = self._asked
-        return Entry(
-            key=_key(choice, "chosen"),
-            model=asked.model,
-            task=asked.task,
-            pipeline=Pipeline(*(one.item for one in choice)),
-            seed=asked.seed,
-            tokenizer=asked.tokenizer,
-            labels={**_labels(choice), "rung": "chosen"},
-        )
 
 
 def _ranked(costs: Mapping[Choice, Costs]) -> list[Choice]:

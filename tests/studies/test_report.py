@@ -119,7 +119,10 @@ def test_words_from_outside_cannot_become_tags():
 
 
 def test_perplexity_is_told_in_words_and_colours_that_fit_it(tmp_path):
-    rows = [{**one, "metric": "perplexity", "steps": [{**step, "metric": "perplexity"} for step in one["steps"]]} for one in ROWS]
+    rows = [
+        {**one, "metric": "perplexity", "steps": [{**step, "metric": "perplexity"} for step in one["steps"]]}
+        for one in ROWS
+    ]
     page, text = texts(tmp_path, rows)
     assert "at a score of at most 81.00: 67% more" in text
     assert "above 0 they hinder each other" in text

@@ -22,9 +22,9 @@ class Extra:
 
     of: whose bytes are meant; single, stack: the pipelines with the fewest; a stack has two techniques or more. value: None
     where no single, or no stack, reaches the floor. interval: 95% of the draws with a figure; drawn: their share of all; seeds: how many
-    the pipelines have. ceiling: the extra if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is meant.
-    predicted: the stack's compression if those of its techniques alone multiplied, None where one of them has no row; found: what it is.
-    nearest: what scores best among the singles and among the stacks.
+    the pipelines have. ceiling: the extra if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is
+    meant. predicted: the stack's compression if those of its techniques alone multiplied, None where one of them has no row; found: what it
+    is. nearest: what scores best among the singles and among the stacks.
     """
 
     of: Bytes
@@ -46,7 +46,11 @@ class Extra:
         if self.seeds == 1 or self.interval is None:
             return "one seed"
         low, high = self.interval
-        return f"95% interval {low:+.0%} to {high:+.0%}" if low < high else "the same in every draw of the scores"
+        return (
+            f"95% interval {low:+.0%} to {high:+.0%}"
+            if low < high
+            else "the same in every draw of the scores"
+        )
 
 
 def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:

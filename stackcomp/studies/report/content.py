@@ -129,11 +129,19 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
 def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
     where = "Whole file" if found.of == "file" else "Encoder"
     start = f"{where}, at a score of {cells.bound} {found.floor:.2f}: "
-    end = f" Singles without a finished row, which do not count: {', '.join(cells.awaited)}." if cells.awaited else ""
+    end = (
+        f" Singles without a finished row, which do not count: {', '.join(cells.awaited)}."
+        if cells.awaited
+        else ""
+    )
     if found.value is None or found.single is None or found.stack is None:
         yield start + " ".join(_missed(cells, found)) + end
         return
-    always = "" if found.seeds == 1 or found.drawn > 0.995 else f", where there is a figure: {found.drawn:.0%} of the draws"
+    always = (
+        ""
+        if found.seeds == 1 or found.drawn > 0.995
+        else f", where there is a figure: {found.drawn:.0%} of the draws"
+    )
     said = (
         f"{abs(found.value):.0%} {'more' if found.value >= 0 else 'less'} compression ({found.sure}{always}): the smallest stack that "
         f"reaches it, {_named(found.stack, found.of)}, against the smallest single technique, {_named(found.single, found.of)}."

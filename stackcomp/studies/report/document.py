@@ -49,7 +49,9 @@ def _markdown(part: Part) -> str:
         return f"## {part.text}"
     if isinstance(part, Table):
         marks = ["--:" if _side(part, column) == "figure" else "---" for column in range(len(part.titles))]
-        words = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [part.titles, *part.rows]]
+        words = [
+            [" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [part.titles, *part.rows]
+        ]
         rows = [
             [f"`{cell}`" if column in part.code else cell for column, cell in enumerate(row)]
             for row in words[1:]
