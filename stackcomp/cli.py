@@ -208,7 +208,7 @@ def _check(options: argparse.Namespace) -> int:
     pipeline = _pipeline(found, options.file)
     model = options.model or found.get("model")
     against = model if isinstance(model, str | Path) else None
-    plans = check(pipeline, against)
+    plans = check(pipeline, against, found.get("task"))
     predicted = _predicted(pipeline, against, found.get("task"), options.file) if options.size else []
     weights = len(plans[-1].weights)
     print(f"legal on {against or 'a plain dense model'} ({weights} weights):")
@@ -257,7 +257,7 @@ def _run(options: argparse.Namespace) -> int:
     from stackcomp.manager import PassManager, check
 
     if isinstance(found["model"], str | Path):
-        check(pipeline, found["model"])
+        check(pipeline, found["model"], found["task"])
     model: Any = (
         found["model"]()
         if callable(found["model"]) and not hasattr(found["model"], "forward")

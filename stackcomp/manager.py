@@ -22,7 +22,7 @@ from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import whole
-from stackcomp.loading import check_fits, check_task, load_model
+from stackcomp.loading import check_fits, check_task, load_model, outline
 from stackcomp.run import Measuring, Result, Run, plan_of
 
 if TYPE_CHECKING:
@@ -35,14 +35,16 @@ RUN_FILE = "run.json"
 
 
 def check(
-    pipeline: Pipeline | Pass, model: "PreTrainedModel | Plan | str | Path | None" = None
+    pipeline: Pipeline | Pass,
+    model: "PreTrainedModel | Plan | str | Path | None" = None,
+    task: "Task | None" = None,
 ) -> list[Plan]:
     """Judge a whole pipeline without reading a weight; returns the plans before the first pass and after
     each.
 
     `model` is a module, a folder or a hub name (config and headers are read), the plan that another pipeline left, or
-    None for a plain dense model of the first family on which every glob matches. Raises PipelineRefused, SelectionEmpty, NothingToCompress
-    or UnsupportedModel.
+    None for a plain dense model of the first family on which every glob matches. task: where a glob matches nothing in the headers,
+    the model is judged with the head of this task. Raises PipelineRefused, SelectionEmpty, NothingToCompress or UnsupportedModel.
     """
     _check_pipeline(pipeline)
     if model is None:
@@ -53,7 +55,12 @@ def check(
                 continue
         return contract.predict(pipeline.flat(), headers.plain(headers.PLAIN_KINDS[0]))
     if isinstance(model, str | Path):
-        return contract.predict(pipeline.flat(), headers.plan_of(model))
+        try:
+            return contract.predict(pipeline.flat(), headers.plan_of(model))
+        except SelectionEmpty:
+            if task is None:
+                raise
+            return contract.predict(pipeline.flat(), plan_of(outline(model, task)))
     if isinstance(model, Plan):
         return contract.predict(pipeline.flat(), model)
     return contract.predict(pipeline.flat(), plan_of(model))

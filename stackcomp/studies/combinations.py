@@ -16,7 +16,7 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import one_of
 from stackcomp.manager import check
-from stackcomp.studies.study import Entry, Skipped, Study, line_of, plan_after
+from stackcomp.studies.study import Entry, Skipped, Study, line_of, plan_for
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -64,7 +64,7 @@ def combinations(
     """
     one_of("recover", recover, ("end", "each"))
     steps = techniques(passes)
-    plan = plan_after(model, {})
+    plan = plan_for(model, task, [*(step.item for step in steps), *([recovery] if recovery else [])])
     legal: list[tuple[tuple[Technique, ...], Pipeline]] = []
     skipped: list[Skipped] = []
     for order in _orders(steps):

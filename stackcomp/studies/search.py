@@ -25,7 +25,7 @@ from stackcomp.manager import check
 from stackcomp.studies.combinations import THEN, Technique, techniques
 from stackcomp.studies.rows import Row, Rows, direction, unbeaten
 from stackcomp.studies.runner import Runner, say
-from stackcomp.studies.study import Entry, Study, line_of, plan_after
+from stackcomp.studies.study import Entry, Study, line_of, plan_for
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -227,7 +227,8 @@ class _Walk:
     def __init__(self, asked: Search, rows: Rows, out: Path, tell: Callable[[str], None]) -> None:
         self._asked, self._rows, self._out, self._tell = asked, rows, out, tell
         self._techniques = techniques(asked.passes)
-        self._plan: Plan = plan_after(asked.model, {})
+        self._plan: Plan = plan_for(asked.model, asked.task, (one.item for one in self._techniques))
+        self._refused = ""
         self._latest = dict[Choice, Row]()
 
     def first_rung(self) -> list[Choice]:
@@ -237,7 +238,7 @@ class _Walk:
             tried.update(self._tried(batch, rung, 1))
         if not tried:
             raise StudyRefused(
-                f"search {self._asked.name!r} has no legal pipeline: run `stackcomp check` on one of them"
+                f"search {self._asked.name!r} has no legal pipeline; the first one that was tried: {self._refused}"
             )
         return _ranked(tried)
 
@@ -316,7 +317,8 @@ class _Walk:
             return False
         try:
             check(Pipeline(*(one.item for one in choice)), self._plan)
-        except StackcompError:
+        except StackcompError as error:
+            self._refused = self._refused or str(error)
             return False
         return True
 

@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stackcomp.core import headers, manifest
-from stackcomp.core.errors import PipelineFileError, SettingError, StackcompError, StudyRefused
+from stackcomp.core.errors import (
+    PipelineFileError,
+    SelectionEmpty,
+    SettingError,
+    StackcompError,
+    StudyRefused,
+)
 from stackcomp.core.fingerprint import digest
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import whole
-from stackcomp.manager import check
+from stackcomp.loading import outline
+from stackcomp.manager import check, plan_of
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -214,7 +221,10 @@ class Study:
         """
         known: dict[Entry | str, Plan] = {}
         for entry in self.entries:
-            plan_after(entry, known)
+            try:
+                plan_after(entry, known)
+            except SelectionEmpty:
+                headed(entry, entry.task)
 
     def own(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Those of `rows` that today's entries made, finished or failed, in the order of the entries."""
@@ -258,6 +268,26 @@ def plan_after(model: Entry | str | Path, known: dict[Entry | str, Plan]) -> Pla
         else:
             known[name] = headers.plan_of(model)
     return known[name]
+
+
+def headed(model: Entry | str | Path, task: "Task") -> Plan:
+    """The same plan, where the model that nothing here has made has the head of the task that it is first run on."""
+    line = line_of(model)
+    source, first = (str(line[0].model), line[0].task) if line else (str(model), task)
+    return plan_after(model, {source: plan_of(outline(source, first))})
+
+
+def plan_for(model: Entry | str | Path, task: "Task", passes: Iterable[Pass]) -> Plan:
+    """The plan on which pipelines of these passes are judged: with the head, where a glob of theirs matches nothing without it."""
+    plan = plan_after(model, {})
+    for item in passes:
+        try:
+            check(item, plan)
+        except SelectionEmpty:
+            return headed(model, task)
+        except StackcompError:
+            continue
+    return plan
 
 
 def line_of(model: Entry | str | Path) -> list[Entry]:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 import stackcomp as sc
-from stackcomp.core.errors import PipelineRefused, SettingError, StudyRefused
+from stackcomp.core.errors import PipelineRefused, SelectionEmpty, SettingError, StudyRefused
 from stackcomp.studies.forecast import duration, forecast
 from tests import toys
-from tests.studies.counted import Prune, Round, entry, study
+from tests.studies.counted import Prune, Round, Train, entry, study
 
 
 def test_two_entries_of_one_key_are_refused(folder):
@@ -28,6 +28,24 @@ def test_an_illegal_pipeline_is_named_by_its_entry(folder):
     with pytest.raises(PipelineRefused, match=r"entry 'after': step 1, Prune\(\), cannot run here"):
         mine.check()
     study(folder).check()
+
+
+def test_a_model_without_a_head_is_judged_with_that_of_the_task(tmp_path):
+    toys.make("bert").save_pretrained(tmp_path / "bare")
+    rounded = entry("rounded", tmp_path / "bare", Round(skip="classifier"))
+    tuned = entry("tuned", tmp_path / "bare", Train(steps=2))
+    entries = (rounded, tuned, entry("child", tuned, Round(only="classifier")))
+    sc.Study(name="toy", entries=entries).check()
+    wrong = entry("wrong", tuned, Round(skip="classifer"))
+    with pytest.raises(SelectionEmpty, match="classifer"):
+        sc.Study(name="toy", entries=(tuned, wrong)).check()
+    for model in (tmp_path / "bare", tuned):
+        passes = {"int8": sc.Int8Weights(skip="classifier"), "prune": sc.MagnitudePrune()}
+        made = sc.combinations(name="toy", model=model, task=tuned.task, passes=passes)
+        assert "int8/0" in [one.key for one in made.entries]
+    assert sc.check(rounded.pipeline, tmp_path / "bare", tuned.task)
+    with pytest.raises(SelectionEmpty, match="classifier"):
+        sc.check(rounded.pipeline, tmp_path / "bare")
 
 
 @pytest.mark.parametrize(
