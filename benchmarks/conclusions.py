@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import combined, smallest
-from benchmarks.command import ROOT
 from benchmarks.comparison import DENSE, Comparison
 from benchmarks.dsformer import RATIO, STF
 from benchmarks.tables import plus_minus
-from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies.rows import Row
 
 Results = Mapping[str, Sequence[Row]]  # finished rows by the name of their study
@@ -51,7 +49,7 @@ def _stacks(results: Results) -> Iterator[str]:
     rows = [row for row in results[smallest.NAME] if row["labels"].get("rung") == "chosen"]
     if not rows:
         return
-    best, target = rows[-1], read_file(ROOT / "pipelines" / "studies" / f"{smallest.NAME}.py")["search"].loss
+    best, target = rows[-1], smallest.search().loss
     (*_, searched) = [
         row
         for row in results[smallest.NAME]

@@ -45,13 +45,20 @@ def headline(rows: Sequence[Row], asked: Search | None = None) -> str:
         [
             table(["", "whole file", "smaller", f"{best['metric']} ± noise", "vs dense"], cells),
             f"Chosen from {tried} pipelines on {searched['examples']} examples carved from the training split, where it scores "
-            f"{plus_minus(searched['difference'], searched['difference_noise'], signed=True)} against dense; scored once on the "
-            f"{best['examples']} of the validation split.",
+            f"{plus_minus(searched['difference'], searched['difference_noise'], signed=True)} against dense"
+            f"{_missed(asked, searched)}; scored once on the {best['examples']} of the validation split.",
             f"```text\n{best['declaration']}\n```",
             f"Made by `{COMMAND}` on {best['date']}: {machine['processor']}, threads: {machine['threads']}, "
             f"torch {best['versions']['torch']}.",
         ]
     )
+
+
+def _missed(asked: Search, row: Row) -> str:
+    """What a row misses of the loss that was asked for, in words; nothing where it reaches it."""
+    if asked.loss is None or asked.reaches(row):
+        return ""
+    return f", and **misses the target** of a loss of at most {asked.loss:g}"
 
 
 def _name(row: Row) -> str:

@@ -67,6 +67,11 @@ def test_the_chosen_stack_stands_beside_the_dense_model():
     assert "Pipeline(Int8Weights())" in text
 
 
+def test_a_target_that_was_missed_is_said():
+    missed = smallest.headline([*SEARCHED, row("chosen", "a", 89.0, 4e6)], replace(SEARCH, loss=0.4))
+    assert "-0.50 ± 1.00 against dense, and **misses the target** of a loss of at most 0.4; scored" in missed
+
+
 def test_only_rows_that_the_search_of_today_would_make_count():
     rows = [*SEARCHED, row("chosen", "a", 89.0, 4e6)]
     text = smallest.headline(rows, SEARCH)
