@@ -309,3 +309,40 @@ with torch.no_grad():
     errors = {order: process.communicate()[1] for order, process in running.items()}
     for order, process in running.items():
         assert process.returncode == 0, f"{order}: {errors[order]}"
+
+
+def mixture():
+    """A model whose plain file holds experts one by one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=toys.VOCABULARY, num_key_value_heads=1, num_local_experts=2, **sizes
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def fused():
+    """A model whose plain file holds queries, keys and values as one tensor."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.NomicBertModel(transformers.NomicBertConfig(vocab_size=toys.VOCABULARY, **sizes))
+
+
+@pytest.mark.parametrize("build", [mixture, fused])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_models_that_are_converted_on_load_are_saved_under_their_own_names(tmp_path, inputs, build, loaded):
+    model = build().eval()
+    model.save_pretrained(tmp_path / "plain")
+    if loaded:
+        model = type(model).from_pretrained(tmp_path / "plain")
+    for place, id_ in enumerate(linear_ids(model)):  # queries, keys and values are stored in unlike ways
+        nn.sparsify(model, id_, lambda matrix, place=place: matrix.abs() > 0.01 * place)
+    nn.code(model)
+    for name in ("once", "twice"):
+        model.save_pretrained(tmp_path / name)
+        again = type(model).from_pretrained(tmp_path / name)
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+        model = again
+    nn.unpack(model).save_pretrained(tmp_path / "unpacked")
+    names = [{*load_file(tmp_path / name / "model.safetensors")} for name in ("plain", "unpacked")]
+    assert names[0] == names[1]
+    plain = type(model).from_pretrained(tmp_path / "unpacked")
+    assert torch.allclose(plain(**inputs)[0], again(**inputs)[0], atol=1e-5)

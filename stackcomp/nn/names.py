@@ -1,6 +1,5 @@
 """The names of tensors: second names of one that is stored once, and those in a file beside those that a model expects."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ def check(model: "PreTrainedModel", files: list[Path]) -> None:
     other = [
         f"{name}: {entry['shape']} in the file, {list(expected[name].shape)} in the model"
         for name, entry in found.items()
-        if entry is not None and name in expected and list(expected[name].shape) != entry["shape"]
+        if name in expected and list(expected[name].shape) != entry["shape"]
     ]
     for words, names in (
         ("lacks", missing),
@@ -129,26 +128,20 @@ def _in_base(model: "PreTrainedModel", name: str) -> bool:
     return model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
 
 
+def conversions() -> list[Any]:
+    """What `transformers` renames in the files of compressed models on load: old words for parts of norms alone."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return get_checkpoint_conversion_mapping("legacy") or []
+
+
 def _renamed(model: "PreTrainedModel", header: Mapping[str, Any]) -> dict[str, Any]:
     """The header under the names the tensors will have in the model: the renaming that `transformers` itself
-    does on load.
+    does on load."""
+    from transformers.core_model_loading import rename_source_key
 
-    Entries that it merges or splits are None: their shapes change.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    expected = model.state_dict()
-    renamed: dict[str, Any] = {}
-    for key, entry in header.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
-        if pattern is None:
-            renamed[name] = entry
-            continue
-        targets = by_pattern[pattern].target_patterns
-        renamed.update({re.sub(re.escape(targets[0]), target, name): None for target in targets})
-    return renamed
+    expected, renamings = model.state_dict(), conversions()
+    return {
+        rename_source_key(key, renamings, [], model.base_model_prefix, expected)[0]: entry
+        for key, entry in header.items()
+    }

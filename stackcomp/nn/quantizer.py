@@ -17,7 +17,6 @@ from weakref import finalize
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -166,6 +165,11 @@ class StackcompQuantizer(HfQuantizer):
             self._expanded = None
         names.share(model, self.quantization_config.shared)
         align(model)
+        _keep_names(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """What is renamed on load. Our files hold tensors as the model computes with them, so that nothing is merged or split."""
+        return names.conversions()
 
     def get_state_dict_and_metadata(
         self, model: "PreTrainedModel"
@@ -174,7 +178,7 @@ class StackcompQuantizer(HfQuantizer):
         self.quantization_config = model.config.quantization_config = StackcompConfig.of(model)
         twice = names.shared(model)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
-        return _coded(model, state) if self.quantization_config.coded else state, {}
+        return _coded(state, model.all_tied_weights_keys) if self.quantization_config.coded else state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -217,6 +221,7 @@ def attach(model: "PreTrainedModel") -> None:
     }
     for name, value in attributes.items():  # as `HfQuantizer` does on load
         setattr(model, name, value)
+    _keep_names(model)
 
 
 def detach(model: "PreTrainedModel") -> None:
@@ -226,7 +231,7 @@ def detach(model: "PreTrainedModel") -> None:
     if not isinstance(known, StackcompConfig) or known.heads is not None:
         return
     del plain.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         if name in vars(plain):
             delattr(plain, name)
     plain.is_quantized = False
@@ -245,12 +250,16 @@ def compressed(model: "PreTrainedModel") -> list[WeightSpec]:
     ]
 
 
-def _coded(model: "PreTrainedModel", state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors to write, coded where that pays, and a list of these. What `transformers` writes in another form than it computes with
-    (experts one by one) is brought to that form first, as of coded ones it could not be. A tied one is written once: of two that are
-    coded `transformers` would not see that they are one."""
-    tied = model.all_tied_weights_keys
-    state = revert_weight_conversion(model, dict(state))
+def _keep_names(model: "PreTrainedModel") -> None:
+    """Let `model.save_pretrained` write tensors under the names and in the form that the model computes with: what `transformers` merges
+    on load (experts, queries with keys and values) it could not take apart again once it is coded, or stored in unlike ways."""
+    saved: Any = model
+    saved._weight_conversions = []
+
+
+def _coded(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors to write, coded where that pays, and a list of these. A tied one is written once: of two that are coded `transformers`
+    would not see that they are one."""
     written: dict[str, Tensor] = {}
     said: dict[str, Any] = {}
     for name, tensor in state.items():

@@ -48,7 +48,7 @@ def test_noise_stays_as_it_is():
     assert coding.encode(np.random.default_rng(0).bytes(5000), 1) is None
 
 
-def test_experts_that_are_written_one_by_one_are_coded_as_they_are_written(tmp_path):
+def test_experts_that_a_plain_file_holds_one_by_one_are_coded_together(tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=64,
