@@ -4,6 +4,7 @@ What is kept is an ordinary smaller model wherever its config can say so; dtype,
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,26 @@ from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.quantizer import attach
 from stackcomp.nn.storing import store, take_rows
 from stackcomp.nn.surgery import store_as
-from stackcomp.nn.tree import WeightHandle, absolute, put, weights
+from stackcomp.nn.tree import WeightHandle, absolute, built, put, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PER_LAYER = (
+    "layer",
+    "window",
+)  # a list of the config whose name has one of these, and as many values as there are layers, is of layers
+NUMBERS = ("layer_idx", "layer_id")  # what a layer's number is called in it
+SETTINGS = (bool, int, float, str, list, tuple, type(None))
 
 
 def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> None:
     """Leave of the list of layers at path `stack` only those at `kept`, in this order, numbered anew, and say so in the config.
 
-    Raises UnsupportedModel where a layer computes with its number.
+    Raises UnsupportedModel, with the model as it was, where a layer computes with its number, or would be another one in a model that the
+    config alone makes.
     """
-    config: Any = model.config
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedModel(
             "scale_attn_by_inverse_layer_idx=True: attention depends on a layer's number, so that layers cannot be renumbered; "
             "leave this model its depth"
@@ -41,6 +49,7 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
         raise UnsupportedModel(
             f"{type(model).__name__} has no layers at {stack}: give a model of this family"
         )
+    _check_depth(model, name, kept)
     layers: Any = model.get_submodule(name)
     left = nn.ModuleList(layers[place] for place in kept)
     for place, layer in enumerate(left):
@@ -48,13 +57,67 @@ def keep_layers(model: "PreTrainedModel", stack: str, kept: Sequence[int]) -> No
             if hasattr(module, "layer_idx"):  # by which a cache is addressed
                 module.layer_idx = place  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     model.set_submodule(name, left.train(layers.training))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[place] for place in kept]
-    config.num_hidden_layers = len(left)
+    _say_depth(model.config, len(layers), kept)
     for handle in weights(model).values():
         used = [module for module in handle.modules if isinstance(module, CompressedLayer)]
         if used and not any(module.owner for module in used):  # the layer that held the matrices is gone
             put(model, handle.spec, used[0].matrices)
+
+
+def _say_depth(config: Any, depth: int, kept: Sequence[int]) -> None:
+    """Say in a config of `depth` layers that those at `kept` are left, in each of its lists of what layers are, too."""
+    said: Any = config.get_text_config()
+    for name, value in vars(said).items():
+        if any(word in name for word in PER_LAYER) and isinstance(value, list) and len(value) == depth:
+            vars(said)[name] = [value[place] for place in kept]
+    said.num_hidden_layers = len(kept)
+
+
+def _check_depth(model: "PreTrainedModel", name: str, kept: Sequence[int]) -> None:
+    """Raises UnsupportedModel where the config of the layers at `kept` makes a model of other layers than these, or of other parts around
+    them."""
+    whole = built(model)
+    layers = [*whole.get_submodule(name).children()]
+    config = deepcopy(model.config)
+    _say_depth(config, len(layers), kept)
+    try:
+        shallow = built(model, type(config).from_dict(config.to_dict()))
+    except (ValueError, AssertionError, IndexError, StrictDataclassError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(
+            f"{type(model).__name__}: its config does not say which {len(kept)} layers are left ({why}): leave this model its depth"
+        ) from error
+    pairs = [
+        (layers[old], new) for old, new in zip(kept, shallow.get_submodule(name).children(), strict=True)
+    ]
+    differs = [
+        place for place, (old, new) in zip(kept, pairs, strict=True) if _described(old) != _described(new)
+    ]
+    if differs:
+        raise UnsupportedModel(
+            f"{name}.{differs[0]}: its place decides what layer it is ({type(model).__name__}), so that layers cannot be renumbered: name "
+            "others that stay, as in which=(0, 2), or leave this model its depth"
+        )
+    around = [
+        {path: part.shape for path, part in each.state_dict().items() if not path.startswith(f"{name}.")}
+        for each in (whole, shallow)
+    ]
+    if around[0] != around[1]:
+        changed = next(path for path in around[0] | around[1] if around[0].get(path) != around[1].get(path))
+        raise UnsupportedModel(
+            f"{changed}: it has a part for each layer of {type(model).__name__}: leave this model its depth"
+        )
+
+
+def _described(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is, without what it holds and its number: its modules with their settings, and the shapes of its tensors."""
+    found: dict[str, Any] = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+    for path, module in layer.named_modules():
+        found[f"{path}:"] = type(module)
+        for name, value in vars(module).items():
+            if isinstance(value, SETTINGS) and name not in NUMBERS:
+                found[f"{path}:{name}"] = value
+    return found
 
 
 def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:

@@ -114,6 +114,13 @@ def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
     return handles
 
 
+def built(model: "PreTrainedModel", config: Any = None) -> "PreTrainedModel":
+    """The model as its config, or another one, alone makes it, without memory: what kinds of layers it has, and which the architecture
+    ties."""
+    with torch.device("meta"):
+        return type(model)(config or model.config)
+
+
 def align(model: nn.Module) -> None:
     """Move tensors that do not start at a multiple of `ALIGNMENT` bytes, as those that lie in a file as it was read may not: products take
     another path there on some processors, and differ in their last bits from those of the model that was saved."""

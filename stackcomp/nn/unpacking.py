@@ -12,7 +12,7 @@ from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.quantizer import compressed, detach
 from stackcomp.nn.storing import store
 from stackcomp.nn.surgery import store_as
-from stackcomp.nn.tree import WeightHandle, absolute, retie, weights
+from stackcomp.nn.tree import WeightHandle, absolute, built, retie, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ def unpack(model: "PreTrainedModel", *, factors: bool = False) -> "PreTrainedMod
     layers share are copied for each, but for those that the architecture ties. In float32 a model is as accurate as it was; cast it
     (`model.to(torch.bfloat16)`) where that is faster.
     """
-    plain = _plain(model)
+    plain = built(model)
     for handle in weights(model).values():
         if not isinstance(handle.modules[0], CompressedLayer):
             _separate(model, handle, plain)
@@ -55,12 +55,6 @@ def _pays(spec: WeightSpec) -> bool:
     if spec.kind != "linear" or not spec.factored or spec.tile or "weight" in spec.matrices:
         return False
     return sum(matrix.rows * matrix.cols for matrix in spec.matrices.values()) < spec.dense_count
-
-
-def _plain(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model as its config alone makes it, without memory: what kinds of layers it has, and which the architecture ties."""
-    with torch.device("meta"):
-        return type(model)(model.config)
 
 
 def _separate(model: "PreTrainedModel", handle: WeightHandle, plain: "PreTrainedModel") -> None:

@@ -361,3 +361,55 @@ def test_by_influence_layers_must_be_alike(tokenizer):
     with pytest.raises(SettingError, match="belongs to several layers"):
         sc.check(sc.Pipeline(sc.ShareLayers(group=2), drop), model)
     sc.check(sc.Pipeline(sc.Int8Weights(only=BLOCKS), drop), model)
+
+
+SIZES = {
+    "vocab_size": toys.VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+DECODER = SIZES | {"num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("SmolLM3", DECODER | {"no_rope_layer_interval": 2}, "no_rope_layers"),
+        ("Longformer", SIZES | {"attention_window": [4, 4, 8, 8]}, "attention_window"),
+    ],
+)
+def test_what_a_config_says_of_each_layer_goes_with_it(kind, settings, told, tokenizer, tmp_path):
+    model = from_config(getattr(transformers, f"{kind}Config")(**settings), "AutoModel")
+    before = getattr(model.config, told)
+    apply(sc.DropLayers(which=(0, 3)), model, tokenizer, tmp_path)
+    assert getattr(model.config, told) == [before[0], before[3]]
+    checkpoint.save(model, tmp_path / "saved")
+    again, inputs = checkpoint.load(tmp_path / "saved"), toys.batch(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("ModernBert", SIZES | {"global_attn_every_n_layers": 3}, "layers.1: its place decides"),
+        ("Esm", SIZES | {"position_embedding_type": "rotary", "mask_token_id": 4}, "a part for each layer"),
+        ("Qwen3Moe", DECODER | {"num_experts": 2, "mlp_only_layers": [0]}, "layers.1: its place decides"),
+        (
+            "GPTNeo",
+            {"vocab_size": 9, "hidden_size": 16, "num_layers": DEPTH, "num_heads": 2}
+            | {"attention_types": [[["global", "local"], 2]], "max_position_embeddings": 16},
+            "h.1: its place decides",
+        ),
+    ],
+)
+def test_layers_that_are_what_their_place_makes_them_are_refused(kind, settings, said, tokenizer, tmp_path):
+    model = from_config(getattr(transformers, f"{kind}Config")(**settings), "AutoModel")
+    before, digest = model.config.to_dict(), nn.weights_digest(model)
+    with pytest.raises(UnsupportedModel, match=said):
+        apply(sc.DropLayers(which=(1, 3)), model, tokenizer, tmp_path)
+    assert model.config.to_dict() == before
+    assert nn.weights_digest(model) == digest
