@@ -1,5 +1,6 @@
 """Models from a folder or a hub name, with the head that a task needs, and what a task needs of a model."""
 
+from inspect import unwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def check_task(task: Any) -> None:
 
 
 def check_fits(model: "PreTrainedModel", task: "Task") -> None:
-    """Refuse a model that cannot be scored on the task: without its head, with too few classes, or with too few positions."""
+    """Refuse a model that cannot be scored on the task: without its head, with too few classes, with too few positions, or where its head
+    reads the last token of a text and cannot tell it from padding."""
     kind = type(model).__name__
     if task.kind != "similarity" and _is_bare(model):
         raise UnsupportedModel(
@@ -83,6 +85,11 @@ def check_fits(model: "PreTrainedModel", task: "Task") -> None:
     if task.kind in ("classification", "regression") and few:
         raise UnsupportedModel(
             f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
+        )
+    if task.kind in ("classification", "regression") and nn.padding_id(model) is None and _reads_last(model):
+        raise UnsupportedModel(
+            f"{kind} finds the last token of a text by the padding, and its config has pad_token_id={model.config.pad_token_id}: set "
+            "model.config.pad_token_id (pad_token_id in config.json) to a token of its vocabulary that ends no text"
         )
     for name, places in nn.position_tables(model).items():
         if task.max_length > places:
@@ -115,6 +122,11 @@ def _misshapen(source: str | Path, task: "Task | None") -> UnsupportedModel:
 def _is_bare(model: "PreTrainedModel") -> bool:
     """Whether a model has no head, as those that `AutoModel` gives."""
     return model.base_model is model and type(model).__name__.endswith("Model")
+
+
+def _reads_last(model: "PreTrainedModel") -> bool:
+    """Whether the head of a classifier looks for the padding of a text, as those of decoders do to find its last token."""
+    return "pad_token_id" in unwrap(type(model).forward).__code__.co_names
 
 
 def _first_line(error: Exception) -> str:

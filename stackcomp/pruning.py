@@ -221,7 +221,9 @@ class NarrowingPass(Pass):
         assert context.task is not None
         handles = nn.weights(model)
         parts = self._between({id_: handles[id_].spec.paths for id_ in context.targets})
-        batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="importance")
+        batches = data.labelled_batches(
+            context, model, self.samples, batch_size=self.batch_size, label="importance"
+        )
         return data.input_importance(
             model,
             {id_: handles[id_].modules for id_ in parts},

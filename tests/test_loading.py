@@ -37,3 +37,17 @@ def test_what_cannot_be_run_has_no_outline_either(tmp_path):
     loading.outline(tmp_path / "short", replace(task, max_length=39))
     with pytest.raises(SettingError, match="more than the 39 positions"):
         loading.outline(tmp_path / "short", replace(task, max_length=40))
+
+
+@pytest.mark.parametrize("padding", [None, -1, toys.VOCABULARY])
+def test_a_head_that_cannot_tell_padding_is_refused_with_the_way_out(padding):
+    task = toys.classification_task()
+    for family in ("gpt2", "llama"):
+        model = toys.classifier(family)
+        loading.check_fits(model, task)
+        model.config.pad_token_id = padding
+        with pytest.raises(UnsupportedModel, match=r"set model\.config\.pad_token_id"):
+            loading.check_fits(model, task)
+    model = toys.bert_classifier()
+    model.config.pad_token_id = None
+    loading.check_fits(model, task)

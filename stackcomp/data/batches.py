@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 from stackcomp.core.errors import SettingError
+from stackcomp.nn import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,12 +84,17 @@ class Collator:
 
     labels: int64 class numbers, float32 targets, or int64 tokens padded by -100. The two texts of a
     similarity pair become rows of one batch, all first texts and then all second ones: 2n rows of tokens
-    beside n labels.
+    beside n labels. A text without a token is one of padding, which counts as its own.
+
+    model: what the batches are for, as heads of decoders find the end of a text by the padding of the model's config; without it, and
+    where it has none, the tokenizer's is taken, or token 0.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        # Decoders often have no padding token; what fills masked places is never read.
-        self.fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model: nn.Module | None = None) -> None:
+        known = None if model is None else padding_id(model)
+        padding = (tokenizer.pad_token_id or 0) if known is None else known
+        self.fill = {"input_ids": padding, "token_type_ids": tokenizer.pad_token_type_id}
+        self.blank = self.fill | {"attention_mask": 1}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
@@ -96,6 +103,7 @@ class Collator:
             parts = [row[key] for row in rows]
             if PAIR + key in rows[0]:
                 parts += [row[PAIR + key] for row in rows]
+            parts = [part or [self.blank.get(key, 0)] for part in parts]
             batch[key] = _padded(parts, self.fill.get(key, 0))
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]

@@ -70,7 +70,8 @@ class Calibration:
     """Unlabelled text, encoded once, that models are run on.
 
     texts: strings, or pairs where the model reads two texts together. Batches are sorted by length, so the
-    result depends on the texts and the model alone. Raises `DataError` where there is no text.
+    result depends on the texts and the model alone. Texts without a token say nothing and are left out. Raises `DataError` where no
+    text is left.
     """
 
     def __init__(
@@ -84,13 +85,16 @@ class Calibration:
         if not texts:
             raise DataError("calibration needs text, and there is none: give a task with a training split")
         rows = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=True)
-        columns = dict(rows)
+        told = [place for place, ids in enumerate(rows["input_ids"]) if ids]
+        if not told:
+            raise DataError(f"calibration needs text, and its {len(texts)} texts are blank: give other ones")
+        columns = {key: [part[place] for place in told] for key, part in rows.items()}
         self.tokens = sum(
             sum(mask) for key, part in columns.items() if "attention_mask" in key for mask in part
         )
         self._rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self._order = inference_batches(lengths_of(columns), batch_size=batch_size)
-        self._collate = Collator(tokenizer)
+        self._tokenizer = tokenizer
 
     @classmethod
     def of(cls, context: Context, samples: int, *, first: int | None = None) -> "Calibration":
@@ -104,12 +108,11 @@ class Calibration:
     def __len__(self) -> int:
         return len(self._order)
 
-    def batches(self, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-        """Padded batches, longest first, always the same."""
+    def batches(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Padded batches on the device of the model, longest first, always the same."""
+        collate, device = Collator(self._tokenizer, model), _device(model)
         for order in self._order:
-            yield {
-                key: part.to(device) for key, part in self._collate([self._rows[i] for i in order]).items()
-            }
+            yield {key: part.to(device) for key, part in collate([self._rows[i] for i in order]).items()}
 
     def second_moments(
         self, model: nn.Module, modules: Mapping[str, Modules], *, progress: Progress = quiet
@@ -138,7 +141,7 @@ class Calibration:
             tickets[name].append(ticket)
 
         with _running(model), _Listening(modules, listen) as listening:
-            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+            for batch in progress(self.batches(model), label="calibrating", total=len(self)):
                 listening.run(model, batch)
         _refuse_unreached(count)
         shared: dict[tuple[int, ...], SecondMoment] = {}
@@ -183,7 +186,7 @@ class Calibration:
         with _running(model), ExitStack() as hooks:
             for place, layer in enumerate(layers):
                 hooks.callback(layer.register_forward_hook(listen(place), with_kwargs=True).remove)
-            for batch in progress(self.batches(_device(model)), label="influence", total=len(self)):
+            for batch in progress(self.batches(model), label="influence", total=len(self)):
                 mask = batch["attention_mask"].bool()
                 count += int(mask.sum())
                 model(**batch)
@@ -207,7 +210,7 @@ class Calibration:
             count[name] += x.shape[0]
 
         with _running(model), _Listening(modules, listen) as listening:
-            for batch in progress(self.batches(_device(model)), label="calibrating", total=len(self)):
+            for batch in progress(self.batches(model), label="calibrating", total=len(self)):
                 listening.run(model, batch)
         _refuse_unreached(count)
         return found, count

@@ -43,9 +43,8 @@ def gradient_moments(
     tokens = dict.fromkeys(modules, 0)
     outputs: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
     with _open(model, modules, outputs):
-        for batch in progress(calibration.batches(device), label="sensitivity", total=len(calibration)):
+        for batch in progress(calibration.batches(model), label="sensitivity", total=len(calibration)):
             outputs.clear()
             said = model(**batch)
             reached = [(name, out) for name, outs in outputs.items() for out in outs if out.requires_grad]
@@ -100,15 +99,15 @@ def row_importance(
 
 
 def labelled_batches(
-    context: Context, limit: int, *, batch_size: int, label: str
+    context: Context, model: nn.Module, limit: int, *, batch_size: int, label: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of a fixed random subset of a run's training examples, longest first, under a bar with this label."""
+    """Padded batches of a fixed random subset of a run's training examples for `model`, longest first, under a bar with this label."""
     assert context.task is not None
     assert context.tokenizer is not None
     encoded = context.task.encode(context.tokenizer, "train", limit)
     rows = encoded.to_list()
     order = inference_batches(lengths_of(encoded[:]), batch_size=batch_size)
-    collate = Collator(context.tokenizer)
+    collate = Collator(context.tokenizer, model)
     for batch in context.progress(order, label=label, total=len(order)):
         yield collate([rows[i] for i in batch])
 

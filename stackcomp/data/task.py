@@ -368,8 +368,11 @@ class Task:
         way_out = f"labels are needed here: name a labelled split, as in {split}='validation'"
         if self.kind != "classification":
             missing = [i for i, value in enumerate(values) if value is None or float(value) != float(value)]
-            # The hub marks hidden targets of a regression test split by -1 in every row.
-            if missing or all(value == -1 for value in values):
+            # The hub marks hidden targets of a regression test split by -1 in every row: of a part, that says nothing.
+            hidden = all(value == -1 for value in values) and all(
+                value == -1 for value in _column(self.dataset(split), label)
+            )
+            if missing or hidden:
                 raise DataError(
                     f"task {self.name!r}: row {missing[0] if missing else 0} of split {split!r} has no "
                     f"label; {way_out}"
@@ -440,7 +443,9 @@ def _column(part: "Dataset", name: str) -> list[Any]:
 def _tokens(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str], options: dict[str, Any]
 ) -> dict[str, list[list[int]]]:
-    """`tokenizer(texts)`, reading no more of a long text than its first max_length tokens need."""
+    """`tokenizer(texts)`, reading no more of a long text than its first max_length tokens need, where these are the ones that are kept."""
+    if tokenizer.truncation_side != "right":
+        return dict(tokenizer(texts, **options))
     ends = options["max_length"] * 8  # characters; words and their pieces are shorter nearly always
     encoded = dict(tokenizer([_head(text, ends) for text in texts], **options))
     short = [

@@ -275,7 +275,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Row numbers and their batch, on the model's device."""
     order = inference_batches(lengths_of(columns), batch_size=batch_size)
-    collate = Collator(tokenizer)
+    collate = Collator(tokenizer, model)
     where = next(model.parameters()).device
     for indices in progress(order, label=label, total=len(order)):
         batch = collate([{key: part[i] for key, part in columns.items()} for i in indices])

@@ -31,6 +31,7 @@ from .tree import WeightHandle as WeightHandle
 from .tree import absolute as absolute
 from .tree import align as align
 from .tree import check_finite as check_finite
+from .tree import padding_id as padding_id
 from .tree import position_tables as position_tables
 from .tree import relative as relative
 from .tree import weights as weights

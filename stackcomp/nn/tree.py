@@ -139,6 +139,15 @@ def position_tables(model: "PreTrainedModel") -> dict[str, int]:
     }
 
 
+def padding_id(model: nn.Module) -> int | None:
+    """The token by which a model knows places that hold none, as heads that read the last one of a text do; None where its config names
+    none that it has an embedding for."""
+    whole: Any = getattr(model, "config", None)
+    config = None if whole is None else whole.get_text_config()
+    found = getattr(config, "pad_token_id", None)
+    return found if found in range(getattr(config, "vocab_size", 0)) else None
+
+
 def check_finite(model: "PreTrainedModel") -> None:
     """Raises BadWeights, with the path of the layer, where a tensor of the model holds NaN or infinite
     values.

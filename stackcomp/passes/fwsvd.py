@@ -46,5 +46,7 @@ class FWSVD(WeightedSVDPass):
         self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
     ) -> "Mapping[str, torch.Tensor]":
         assert context.task is not None
-        batches = data.labelled_batches(context, self.samples, batch_size=self.batch_size, label="Fisher")
+        batches = data.labelled_batches(
+            context, model, self.samples, batch_size=self.batch_size, label="Fisher"
+        )
         return data.row_importance(model, handles, batches, training.TaskLoss(task=context.task))

@@ -94,7 +94,7 @@ def train(
             loss=loss,
             rows=rows,
             batches=batches,
-            collate=Collator(tokenizer),
+            collate=Collator(tokenizer, model),
             run=run,
             on_step=on_step,
         )

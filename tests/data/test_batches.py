@@ -92,3 +92,9 @@ def test_collator_stacks_pairs(tokenizer) -> None:
     assert batch["input_ids"][0].equal(batch["input_ids"][1])
     assert batch["input_ids"][2].tolist() == second["input_ids"]
     assert lengths_of({key: [value] for key, value in row.items()}) == [6]
+
+
+def test_a_text_without_a_token_is_one_of_padding(tokenizer) -> None:
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ([], [4, 5])]
+    assert Collator(tokenizer)(rows[:1])["input_ids"].tolist() == [[tokenizer.pad_token_id]]
+    assert Collator(tokenizer)(rows)["attention_mask"].tolist() == [[1, 0], [1, 1]]

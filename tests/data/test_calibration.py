@@ -123,3 +123,18 @@ def test_no_text_and_unreached_layers_are_refused(tokenizer) -> None:
         Calibration([], tokenizer)
     with pytest.raises(UnsupportedModel, match="stray: the model never runs"):
         Calibration(TEXTS, tokenizer).second_moments(bert(), {"stray": nn.Linear(8, 8)})
+
+
+def test_texts_without_a_token_are_left_out(tokenizer) -> None:
+    def bare(texts, **options):
+        return tokenizer(texts, add_special_tokens=False, **options)
+
+    bare.pad_token_id, bare.pad_token_type_id = tokenizer.pad_token_id, tokenizer.pad_token_type_id
+    model = bert()
+    found = [
+        Calibration(texts, bare).second_moments(model, linears(model.encoder)).values()
+        for texts in (TEXTS, [*TEXTS[:4], "", *TEXTS[4:]])
+    ]
+    assert all(torch.equal(a.total, b.total) for a, b in zip(*found, strict=True))
+    with pytest.raises(DataError, match="its 2 texts are blank"):
+        Calibration(["", ""], bare)

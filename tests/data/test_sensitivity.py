@@ -16,7 +16,7 @@ def test_gradients_of_answers_have_the_moment_of_draws_from_the_prediction() -> 
         texts, tokenizer, batch_size=len(texts)
     )  # one batch, so that half of it is padded
     (found,) = gradient_moments(calibration, model, {"qa_outputs": model.qa_outputs}, seed=0).values()
-    (batch,) = calibration.batches()
+    (batch,) = calibration.batches(model)
     with torch.no_grad():
         chance = position_logits(model(**batch), batch["attention_mask"]).softmax(-1)
     wanted = (1 - chance.pow(2).sum(-1)).sum(0) / calibration.tokens

