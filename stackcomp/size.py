@@ -56,12 +56,13 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file; its name there is prefix and path."""
+    """A tensor of the file; its name there is prefix and path. others: paths of the same tensor that are not in the file."""
 
     prefix: str
     path: str
     dtype: str
     shape: tuple[int, ...]
+    others: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,6 +101,7 @@ def sizes(pipeline: Pipeline | Pass, model: "PreTrainedModel") -> list[Size]:
 def _read(model: "PreTrainedModel") -> tuple[dict[str, _Weight], list[_Tensor]]:
     """The weights of a model by id, and all other tensors of its file by their paths."""
     from stackcomp import nn
+    from stackcomp.nn.names import shared
 
     found: dict[str, _Weight] = {}
     covered: set[str] = set()
@@ -112,13 +114,19 @@ def _read(model: "PreTrainedModel") -> tuple[dict[str, _Weight], list[_Tensor]]:
             for name in names
             for tensor in _tensors(found[id_])
         }
+    state = model.state_dict(keep_vars=True)
+    twice = {
+        name: first
+        for name, first in (shared(model) | model.all_tied_weights_keys).items()
+        if name in state and state.get(first) is state[name]
+    }
     rest: list[_Tensor] = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         path = nn.tree.relative(model, name)
-        if name not in covered:
-            rest.append(
-                _Tensor(name.removesuffix(path), path, _dtype(name, tensor.dtype), tuple(tensor.shape))
-            )
+        if name not in covered and name not in twice:
+            others = tuple(nn.tree.relative(model, other) for other, first in twice.items() if first == name)
+            dtype = _dtype(name, tensor.dtype)
+            rest.append(_Tensor(name.removesuffix(path), path, dtype, tuple(tensor.shape), others))
     return found, rest
 
 
@@ -172,8 +180,12 @@ def _left(plan: Plan, rest: Sequence[_Tensor]) -> list[_Tensor]:
     there = [
         tensor for tensor in rest if (place := stack.split(tensor.path)) is None or place[0] < stack.count
     ]
+    lengths = [
+        next((rows[path] for path in (tensor.path, *tensor.others) if path in rows), None) for tensor in there
+    ]
     return [
-        replace(tensor, shape=(rows[tensor.path],)) if tensor.path in rows else tensor for tensor in there
+        tensor if length is None else replace(tensor, shape=(length,))
+        for tensor, length in zip(there, lengths, strict=True)
     ]
 
 

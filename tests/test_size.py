@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import transformers
 
 import stackcomp as sc
+from stackcomp import nn
 from stackcomp.cli import main
 from stackcomp.core.errors import PipelineRefused, UnsupportedModel
 from stackcomp.loading import outline
 from tests import toys
-from tests.passes.test_conformance import manager
+from tests.passes.test_conformance import apply, manager
 
 DENSE_SPARSE = sc.DenseSparse(ratio=1.5, data_aware=False, only="encoder.*")
 
@@ -122,3 +124,37 @@ def test_check_prints_sizes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "as it came" in printed
     assert "at most, since LowRank shares one budget" in printed
+
+
+def scaled():
+    """A model whose head is tied to an embedding that multiplies what it looks up."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=toys.VOCABULARY, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, **sizes
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "step"),
+    [
+        (scaled, sc.Int8Weights()),
+        (lambda: toys.language_model("bert"), sc.Int8Weights()),
+        (lambda: toys.language_model("roberta"), sc.DropLayers(keep=1)),
+    ],
+)
+def test_a_tensor_of_two_names_is_written_and_counted_once(build, step, tmp_path):
+    model = build()
+    for name, told in zip(("before", "after"), sc.sizes(step, model), strict=True):
+        if name == "after":
+            apply(step, model, toys.tokenizer(), tmp_path)
+        model.save_pretrained(tmp_path / name)
+        assert told.size_bytes == (tmp_path / name / "model.safetensors").stat().st_size
+
+
+def test_a_head_that_is_tied_to_a_scaled_embedding_is_left_alone():
+    model = scaled()
+    assert not [id_ for id_ in nn.weights(model) if "head" in id_ or "embed" in id_]
+    for id_ in nn.weights(model):
+        nn.quantize(model, id_)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -96,19 +96,23 @@ def absolute(model: "PreTrainedModel", path: str) -> str | None:
 
 def weights(model: "PreTrainedModel") -> dict[str, WeightHandle]:
     """All logical weights by id, in the model's order: every `nn.Linear`, `Conv1D`, `nn.Embedding` and
-    compressed layer.
+    compressed layer; without those that share their weight with a module that computes something else with it, as heads tied to embeddings
+    that are scaled do (Gemma, BART).
 
     Raises UnsupportedModel when another library keeps them quantized, or in a dtype that is not floating
     point.
     """
     groups: dict[int, dict[str, nn.Module]] = {}
+    elsewhere: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CompressedLayer):
             groups.setdefault(id(next(iter(module.matrices.values()))), {})[relative(model, name)] = module
         elif type(module) in PLAIN:
             groups.setdefault(id(module.weight), {})[relative(model, name)] = module
+        else:
+            elsewhere.update(map(id, module.parameters(recurse=False)))
     handles = {}
-    for members in groups.values():
+    for members in (members for tensor, members in groups.items() if tensor not in elsewhere):
         first = next(iter(members))
         handles[first] = WeightHandle(spec=_spec(first, members), modules=tuple(members.values()))
     return handles
