@@ -178,6 +178,11 @@ class Calibration:
             def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
                 entering = inputs[0] if inputs else named["hidden_states"]
                 leaving = output[0] if isinstance(output, tuple) else output
+                if entering.shape[:-1] != mask.shape or leaving.shape[:-1] != mask.shape:
+                    raise UnsupportedModel(
+                        f"which='influence': layer {place} gives hidden states of shape {tuple(leaving.shape)} for {tuple(mask.shape)} "
+                        "tokens: choose layers otherwise, as which='even'"
+                    )
                 states = (state[mask].float() for state in (entering, leaving))
                 alike[place] += float(nn.functional.cosine_similarity(*states, dim=-1).sum())
 

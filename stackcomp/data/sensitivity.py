@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stackcomp.core.context import Context, Progress, quiet
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
 from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
@@ -47,6 +48,11 @@ def gradient_moments(
         for batch in progress(calibration.batches(model), label="sensitivity", total=len(calibration)):
             outputs.clear()
             said = model(**batch)
+            if not any(part.requires_grad for part in said.values() if isinstance(part, Tensor)):
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: nothing it says depends on its word embedding, so that no gradient is found: set "
+                    "sensitivity=False"
+                )
             reached = [(name, out) for name, outs in outputs.items() for out in outs if out.requires_grad]
             for probe in range(PROBES):
                 gradients = torch.autograd.grad(
@@ -198,13 +204,25 @@ def _open(
     def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     with ExitStack() as hooks, _frozen(model):
-        hooks.callback(embeddings.register_forward_hook(begin).remove)
+        for embedding in _embeddings(model):
+            hooks.callback(embedding.register_forward_hook(begin).remove)
         for name, found in modules.items():
             for module in each(found):
                 hooks.callback(module.register_forward_hook(keep(name)).remove)
         yield
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """What looks words up: the input embedding of a model, and those of its encoder and decoder that share the weight."""
+    first: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    own = getattr(first, "weight", None)
+    others = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not first and module.weight is own
+    ]
+    return [first, *others]
 
 
 @contextmanager

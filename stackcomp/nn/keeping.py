@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import UnsupportedModel
-from stackcomp.core.families import attention_of, between, feed_forward_of, head_features
+from stackcomp.core.families import FeedForward, Stack, attention_of, between, feed_forward_of, head_features
 from stackcomp.core.matrices import Dense
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
 from stackcomp.nn.quantizer import attach
@@ -151,12 +151,26 @@ def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:
 
 def keep_neurons(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
     """Leave of the neurons of every layer's feed-forward part those that `kept` names by the id of the weight out of them, as many in each,
-    and say so in the config."""
+    and say so in the config. Raises UnsupportedModel, with the model as it was, where that does not read the number."""
     paths = _paths(model)
     stack, part = feed_forward_of(path for several in paths.values() for path in several)
+    _check_neurons(model, stack, part, len(next(iter(kept.values()))))
     for out_of, into in between(stack, part, paths).items():
         _keep_units(model, into, out_of, kept[out_of])
         setattr(model.config, part.size, len(kept[out_of]))
+
+
+def _check_neurons(model: "PreTrainedModel", stack: Stack, part: FeedForward, left: int) -> None:
+    """Raises UnsupportedModel where a config that says so many neurons makes a model of others."""
+    config: Any = deepcopy(model.config)
+    setattr(config, part.size, left)
+    name = absolute(model, f"{stack.path}.0.{part.out_of}")
+    layer: Any = built(model, config).get_submodule(name or "")
+    if (layer.nx if isinstance(layer, Conv1D) else layer.in_features) != left:
+        raise UnsupportedModel(
+            f"{part.size}={left}: {type(model).__name__} does not read it from its config, so that its feed-forward parts keep their "
+            "width: leave PruneNeurons out"
+        )
 
 
 def keep_heads(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:

@@ -1,5 +1,6 @@
 """The names of tensors: second names of one that is stored once, and those in a file beside those that a model expects."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _tensor(model: "PreTrainedModel", name: str) -> str | None:
 
 def check(model: "PreTrainedModel", files: list[Path]) -> None:
     """Compare the tensors of the files with those the model will hold. Raises CheckpointError on a
-    difference.
+    difference; tensors that `transformers` computes anew instead of saving them (positions as sines) are none.
 
     A class other than the one saved may lack the parts that are unexpected then (the base model of a model
     with a head), and may have a new head to train; but what is stored of a compressed weight, and of the base
@@ -89,10 +90,12 @@ def check(model: "PreTrainedModel", files: list[Path]) -> None:
     expected = model.state_dict()
     tied = model.all_tied_weights_keys
     same_class = type(model).__name__ in (model.config.architectures or [])
+    derived = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
     missing = [
         name
         for name in expected
         if name not in found
+        and not any(re.search(pattern, name) for pattern in derived)
         and not (name in tied and tied[name] in found)
         and not any(source == name and target in found for target, source in tied.items())
         and (same_class or _in_base(model, name))

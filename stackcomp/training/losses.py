@@ -211,6 +211,11 @@ class DistillationLoss(Loss):
         outputs, heads = self._run(self.teacher, batch, layers)
         for module, training in modes.items():
             module.training = training
+        if self.hidden > 0 and outputs.get("hidden_states") is None:
+            raise UnsupportedModel(
+                f"hidden={self.hidden}: {type(self.teacher).__name__} gives no one list of hidden states, as it has an encoder and a "
+                "decoder: set hidden=0"
+            )
         wanted = self._compared(outputs, batch)
         if not wanted.isfinite().all():
             raise TrainingDiverged(
