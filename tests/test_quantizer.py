@@ -346,3 +346,18 @@ def test_models_that_are_converted_on_load_are_saved_under_their_own_names(tmp_p
     assert names[0] == names[1]
     plain = type(model).from_pretrained(tmp_path / "unpacked")
     assert torch.allclose(plain(**inputs)[0], again(**inputs)[0], atol=1e-5)
+
+
+def test_positions_that_are_computed_anew_are_not_missed(tmp_path, inputs):
+    sizes = {f"{side}_{size}": 2 for side in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    ids = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0, "forced_eos_token_id": 3}
+    config = transformers.MarianConfig(
+        vocab_size=toys.VOCABULARY, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes, **ids
+    )
+    model = transformers.MarianMTModel(config).eval()
+    for id_ in linear_ids(model):
+        nn.quantize(model, id_)
+    model.save_pretrained(tmp_path)
+    again = transformers.MarianMTModel.from_pretrained(tmp_path)
+    words = {"decoder_input_ids": inputs["input_ids"]}
+    assert torch.equal(again(**inputs, **words).logits, model(**inputs, **words).logits)

@@ -333,7 +333,7 @@ class Factorizer:
         ridge = BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
         normal = _ridged(normal, ridge[:, None] + self._noise * normal.diagonal(dim1=1, dim2=2))
         if self._problems == self._blocks:  # Q cancels
-            self.basis = torch.linalg.solve(normal, right)
+            self.basis = _solved(normal, right)
         else:
             self._solve_blocks(normal[0], right[0])
         self._look()
@@ -353,7 +353,7 @@ class Factorizer:
             else:
                 root = self._columns.root[columns]
                 metric, left = self._columns.moment[columns, columns], left @ root.T
-            solved = torch.linalg.solve(normal[atoms, atoms], left)
+            solved = _solved(normal[atoms, atoms], left)
             basis[j] = solved if metric is None else torch.linalg.solve(metric, solved, left=False)
         self.basis = basis
 
@@ -438,6 +438,17 @@ def _ridged(gram: Float[Tensor, "*p a a"], ridge: Tensor | float) -> Float[Tenso
     ridged = gram.clone()
     ridged.diagonal(dim1=-2, dim2=-1).add_(ridge)
     return ridged
+
+
+def _solved(normal: Float[Tensor, "*p a a"], right: Float[Tensor, "*p a m"]) -> Float[Tensor, "*p a m"]:
+    """The solutions of normal equations, ridged until float32 can solve them: rows of a weight that are all alike use atoms alike."""
+    mean = normal.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(SMALLEST)
+    for power in range(7):
+        ridge = 10**power * RIDGE * mean if power else 0.0
+        found, failed = torch.linalg.solve_ex(_ridged(normal, ridge), right)
+        if not failed.any() and torch.isfinite(found).all():
+            return found
+    raise BadWeights("the atoms of a factorization are not finite: look for huge values in the weight")
 
 
 def _inverse(gram: Float[Tensor, "p a a"]) -> Float[Tensor, "p a a"]:

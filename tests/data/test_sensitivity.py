@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
+from stackcomp.core.errors import UnsupportedModel
 from stackcomp.data import Calibration, gradient_moments
 from stackcomp.data.question_answering import position_logits
 from tests import toys
@@ -32,3 +34,36 @@ def test_the_moments_of_all_modules_that_use_a_weight_are_added() -> None:
     (found,) = gradient_moments(calibration, model, {"both": (first, second, first)}, seed=0).values()
     assert found is not None
     torch.testing.assert_close(found, alone["first"] + alone["second"])
+
+
+SEQUENCES = {"vocab_size": toys.VOCABULARY, "d_model": 16, "pad_token_id": 0}
+
+
+def translator() -> transformers.PreTrainedModel:
+    sizes = {f"{side}_{size}": 2 for side in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    config = transformers.BartConfig(
+        **SEQUENCES, **sizes, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32
+    )
+    return transformers.BartForSequenceClassification(config).eval()
+
+
+def test_an_encoder_that_looks_words_up_itself_is_reached() -> None:
+    config = transformers.T5Config(**SEQUENCES, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5EncoderModel(config)
+    calibration = Calibration(toys.SENTENCES, toys.tokenizer())
+    found = gradient_moments(
+        calibration, model, {"out": model.encoder.block[0].layer[1].DenseReluDense.wo}, seed=0
+    )
+    assert found["out"] is not None
+    model, calibration = translator(), Calibration(["the film"], toys.tokenizer())
+    found = gradient_moments(calibration, model, {"out": model.model.encoder.layers[0].fc2}, seed=0)
+    assert found["out"] is not None
+
+
+def test_a_model_whose_words_are_not_reached_is_refused(monkeypatch) -> None:
+    model = toys.bert_classifier()
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: torch.nn.Embedding(2, 2))
+    with pytest.raises(UnsupportedModel, match="sensitivity=False"):
+        gradient_moments(
+            Calibration(["the film"], toys.tokenizer()), model, {"out": model.classifier}, seed=0
+        )

@@ -223,3 +223,10 @@ def test_the_noise_to_be_ready_for_is_three_times_what_rounding_leaves_of_gaussi
 def test_nothing_is_made_for_a_rounding_that_does_not_come():
     assert rounding_noise(None) == 0
     assert rounding_noise(32) < 1e-15
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("weight", [noise(1, 16).expand(32, 16), torch.ones(32, 16)])
+def test_rows_that_are_all_alike_are_found(weight, blocks):
+    factors = dense_sparse(weight.clone(), atoms=4, nonzeros=2, blocks=blocks)
+    torch.testing.assert_close(factors.product(), weight, atol=1e-4, rtol=0)

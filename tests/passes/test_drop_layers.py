@@ -413,3 +413,9 @@ def test_layers_that_are_what_their_place_makes_them_are_refused(kind, settings,
         apply(sc.DropLayers(which=(1, 3)), model, tokenizer, tmp_path)
     assert model.config.to_dict() == before
     assert nn.weights_digest(model) == digest
+
+
+def test_layers_that_pad_their_text_have_no_influence_to_compare(tokenizer, tmp_path):
+    model = from_config(transformers.LongformerConfig(**SIZES, attention_window=8), "AutoModel")
+    with pytest.raises(UnsupportedModel, match="which='even'"):
+        apply(sc.DropLayers(which="influence", keep=2), model, tokenizer, tmp_path)

@@ -125,3 +125,17 @@ def test_the_feed_forward_part_is_found_by_names():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(SettingError, match=next(iter(settings))):
         sc.PruneNeurons(**settings)
+
+
+@pytest.mark.parametrize("kind", ["GPTNeo", "OpenAIGPT"])
+def test_a_width_that_the_config_does_not_say_is_refused(kind, tokenizer, tmp_path):
+    sizes = {
+        "GPTNeo": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+        "OpenAIGPT": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=toys.VOCABULARY, pad_token_id=0, **sizes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    digest = nn.weights_digest(model)
+    with pytest.raises(UnsupportedModel, match="does not read it"):
+        apply(sc.PruneNeurons(keep=0.5, samples=8), model, tokenizer, tmp_path)
+    assert nn.weights_digest(model) == digest

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+)
 
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
 from stackcomp.data import tasks
@@ -221,3 +229,12 @@ def test_answers_are_learned(tmp_path: Path, distilled: bool) -> None:
     settings = TrainSettings(epochs=2, batch_size=8, learning_rate=1e-2)
     run(model, tokenizer, tmp_path, task=task, loss=loss, settings=settings)
     assert loss(model.eval(), batch).item() < before
+
+
+def test_hidden_states_of_two_parts_are_refused_with_the_way_out(tokenizer) -> None:
+    sizes = {f"{side}_{size}": 2 for side in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    config = BartConfig(vocab_size=30, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes)
+    model, batch = BartForSequenceClassification(config), batch_of(TASK, tokenizer)
+    batch["input_ids"][:, -1] = config.eos_token_id
+    with pytest.raises(UnsupportedModel, match="set hidden=0"):
+        DistillationLoss(task=TASK, teacher=model)(model, batch)
