@@ -225,8 +225,10 @@ def test_nothing_is_made_for_a_rounding_that_does_not_come():
     assert rounding_noise(32) < 1e-15
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("weight", [noise(1, 16).expand(32, 16), torch.ones(32, 16)])
-def test_rows_that_are_all_alike_are_found(weight, blocks):
-    factors = dense_sparse(weight.clone(), atoms=4, nonzeros=2, blocks=blocks)
-    torch.testing.assert_close(factors.product(), weight, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_are_all_alike_are_found(seed):
+    for weight, transposed in ((noise(1, 16, seed).expand(32, 16), False), (torch.ones(64, 16), True)):
+        factors = dense_sparse(
+            weight.clone(), atoms=8, nonzeros=2, blocks=2, transposed=transposed, seed=seed
+        )
+        torch.testing.assert_close(factors.product(), weight, atol=1e-4, rtol=0)
