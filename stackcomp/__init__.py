@@ -20,7 +20,7 @@ from stackcomp.passes import registered
 if TYPE_CHECKING:  # what __getattr__ gives
     from stackcomp.checkpoint import load
     from stackcomp.data import tasks
-    from stackcomp.manager import PassManager, check
+    from stackcomp.manager import Measuring, PassManager, check
     from stackcomp.nn import unpack
     from stackcomp.size import sizes
     from stackcomp.studies import Entry, Rung, Search, Study, combinations
@@ -30,6 +30,7 @@ __all__ = [
     "Entry",
     "Fact",
     "Ledger",
+    "Measuring",
     "Need",
     "Pass",
     "PassManager",
@@ -57,14 +58,10 @@ def parse(text: str) -> Pipeline:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PassManager":
-        from stackcomp.manager import PassManager
+    if name in ("Measuring", "PassManager", "check"):
+        from stackcomp import manager
 
-        return PassManager
-    if name == "check":
-        from stackcomp.manager import check
-
-        return check
+        return getattr(manager, name)
     if name == "sizes":
         from stackcomp.size import sizes
 

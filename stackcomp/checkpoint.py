@@ -109,6 +109,12 @@ def load(directory: str | Path, auto_class: str | type | None = None) -> "PreTra
 def verify(directory: str | Path) -> None:
     """Raises CheckpointError unless `directory` is a whole, unaltered checkpoint of a version this one reads."""
     folder = Path(directory)
+    listed = manifest.read(folder)["files"]
+    for name in ("config.json", WEIGHTS, RECIPE, LEDGER):
+        if name not in listed:
+            raise CheckpointError(
+                f"{folder / manifest.NAME}: damaged ({name} is not in it); copy or save the checkpoint again"
+            )
     manifest.check(folder)
     for name in (RECIPE, LEDGER):
         found = json.loads((folder / name).read_text("utf8")).get("format")

@@ -148,7 +148,7 @@ class PassManager:
             raise SettingError(
                 f"measuring={self.measuring!r}: build it, as in stackcomp.Measuring(latency=False)"
             )
-        whole("seed", self.seed, 0, 2**63 - 1)
+        whole("seed", self.seed, 0, 2**32 - 1)  # what numpy takes
         _check_device(self.device)
 
     def _module(self, model: "PreTrainedModel | str | Path") -> "PreTrainedModel":

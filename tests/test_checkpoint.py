@@ -162,7 +162,10 @@ def test_a_newer_version_is_refused(folder, name):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 1, "files": {"config.json": {}}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": {"config.json": {}}}'],
+)
 def test_a_damaged_manifest_is_refused(folder, text):
     (folder / "stackcomp.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"damaged|format"):

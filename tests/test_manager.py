@@ -173,13 +173,15 @@ def test_needs_are_checked_first(model, tokenizer, tmp_path):
         ({"out": 3}, sc.Int8Weights(), "out=3 is no folder"),
         ({"calibration": []}, sc.Int8Weights(), "is no list of texts"),
         ({"seed": -1}, sc.Int8Weights(), "seed=-1"),
-        ({"measuring": {}}, sc.Int8Weights(), "measuring={}"),
+        ({"seed": 2**32}, sc.Int8Weights(), "seed=4294967296"),
+        ({"measuring": {}}, sc.Int8Weights(), r"measuring={}: build it, as in stackcomp\.Measuring"),
         ({"device": "gpu"}, sc.Int8Weights(), "device='gpu' cannot be used"),
         ({"tokenizer": 5}, sc.Int8Weights(), "tokenizer=5 is no tokenizer"),
         ({"tokenizer": "no/such/folder"}, sc.Int8Weights(), "holds no tokenizer"),
     ],
 )
 def test_wrong_types_are_refused_before_anything_is_written(settings, pipeline, said, model, tmp_path):
+    assert sc.Measuring(latency=False)  # which a message names
     with pytest.raises(sc.errors.StackcompError, match=said):
         sc.PassManager(**{"out": tmp_path / "out", **settings}).run(model, pipeline)
     assert not (tmp_path / "out").exists()

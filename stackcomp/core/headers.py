@@ -20,6 +20,7 @@ from stackcomp.core.spec import WeightSpec
 
 CODINGS: dict[str, Coding] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER_BYTES = 100_000_000
+_NOT_OURS: dict[str, Any] = {"weights": {}}  # what the config of a plain model says of ours
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -51,18 +52,40 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
                 f"{path}: cut short or no safetensors file ({size} bytes); copy or save it again"
             )
         try:
-            header = json.loads(file.read(length))
+            header = _object(json.loads(file.read(length)))
+            header.pop("__metadata__", None)
+            if not all(map(_is_tensor, header.values())):
+                raise ValueError("it lists what are no tensors")
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: damaged safetensors header ({error}); copy or save it again"
             ) from error
-    header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise CheckpointError(
             f"{path}: {size} bytes where its header says {8 + length + end}; copy or save it again"
         )
     return header, 8 + length
+
+
+def _object(value: object) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for any other value."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no object")
+    return cast("dict[str, Any]", value)
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether an entry of a header has the shape of one."""
+    try:
+        places = [*entry["data_offsets"], *entry["shape"]]
+        return (
+            len(entry["data_offsets"]) == 2
+            and {type(place) for place in places} == {int}
+            and bool(entry["dtype"])
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _listed(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Any]:
@@ -72,7 +95,7 @@ def _listed(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Any]
         file.seek(start + first)
         listed = file.read(last - first)
     try:
-        return coding.listed(listed)
+        return {name: _object(one) for name, one in _object(coding.listed(listed)).items()}
     except (ValueError, zlib.error) as error:
         raise CheckpointError(
             f"{path}: damaged list of its coded tensors ({error}); copy or save it again"
@@ -86,12 +109,16 @@ def plan_of(directory: str | Path) -> Plan:
     file is damaged.
     """
     config, tensors = _read(directory)
-    ours = config.get("quantization_config")
-    if ours and ours.get("quant_method") != "stackcomp":
-        ours = None
-    stored: dict[str, Any] = ours["weights"] if ours else {}
+    try:
+        ours = _object(config.get("quantization_config") or _NOT_OURS)
+        if ours.get("quant_method") != "stackcomp":
+            ours = _NOT_OURS
+        stored, shared = _object(ours["weights"]), _object(ours.get("shared", {}))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: damaged config.json (quantization_config: {error}); copy or save it again"
+        ) from error
     compressed = [WeightSpec.from_json(id_, data) for id_, data in stored.items()]
-    shared: dict[str, str] = ours.get("shared", {}) if ours else {}
     dense = [
         replace(spec, paths=(*spec.paths, *_others(spec, shared)))
         for spec in dense_weights(config, tensors, taken=compressed)

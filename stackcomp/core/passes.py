@@ -15,7 +15,7 @@ from stackcomp.core.contract import Contract
 from stackcomp.core.errors import SettingError, UnknownSetting
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.selection import Globs, nearest
-from stackcomp.core.settings import switch
+from stackcomp.core.settings import plain, switch
 from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
             if isinstance(field.default, bool):
                 switch(field.name, getattr(self, field.name))
         for name in self.globs:

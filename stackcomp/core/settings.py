@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from stackcomp.core.errors import SettingError
 from stackcomp.core.matrices import ROUNDED, Coding
@@ -37,6 +37,17 @@ def switch(name: str, value: object) -> None:
     """Refuse what is neither True nor False: any text would count as true."""
     if not isinstance(value, bool):
         raise SettingError(f"{name}={value!r} is neither on nor off: give True or False")
+
+
+def plain(value: Any) -> Any:
+    """The same setting of Python's own types, whose text can be read again: numbers of numpy, and those in a tuple, have another."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, cast("tuple[Any, ...]", value)))
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    is_scalar = hasattr(value, "dtype") and value.shape == ()
+    return value.item() if is_scalar else value
 
 
 def shape(name: str, value: object) -> tuple[int, int]:

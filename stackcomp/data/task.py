@@ -96,6 +96,8 @@ class Task:
             raise SettingError(
                 f"task {self.name!r}: max_answer_length={self.max_answer_length} must be at least 1 token"
             )
+        if self.kind == "classification" and self.labels is not None:
+            self._two_classes(self.labels)
         for role, value in (("selection", self.selection), ("test", self.test)):
             if isinstance(value, int) and value < 1:
                 raise SettingError(
@@ -118,8 +120,18 @@ class Task:
         does not declare them."""
         if self.kind != "classification":
             return ()
-        if self.labels is not None:
-            return self.labels
+        return self.labels or self._two_classes(self._label_names())
+
+    def _two_classes(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the classes, refused where there are more than the metric knows."""
+        if self.metric in ("f1", "matthews") and len(names) > 2:
+            raise SettingError(
+                f"task {self.name!r}: metric={self.metric!r} is of two classes, and there are {len(names)}: give metric='accuracy'"
+            )
+        return names
+
+    def _label_names(self) -> tuple[str, ...]:
+        """The names of the classes in the training split."""
         import datasets
 
         part = self.dataset("train")

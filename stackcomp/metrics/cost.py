@@ -114,9 +114,8 @@ def latency(
 def latency_inputs(model: nn.Module, *, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random token ids (batch x length) that the model can read, nothing padded; shorter where the model has fewer positions."""
     config: Any = model.config
-    length = min(
-        length, getattr(config, "max_position_embeddings", length) - 2
-    )  # RoBERTa counts positions from 2
+    places = getattr(config, "max_position_embeddings", None) or -1  # XLNet says -1: no limit
+    length = min(length, places - 2) if places > 0 else length  # RoBERTa counts positions from 2
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
     device = next(model.parameters()).device

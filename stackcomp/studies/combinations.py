@@ -150,15 +150,23 @@ def _refusal(order: Sequence[Technique], pipeline: Pipeline, plan: Plan) -> Skip
     except StackcompError as error:
         said = [line.strip() for line in str(error).splitlines()]
         words = [line.removeprefix("it ") for line in said if line.startswith("it ")] or said[:1]
-        passes = pipeline.flat()
-        bad = next(item for end, item in enumerate(passes) if not _fits(passes[: end + 1], plan))
         return Skipped(
             passes=tuple(step.name for step in order),
             strengths=tuple(step.strength for step in order),
-            refused=next((step.name for step in order if step.item is bad), "recovery"),
+            refused=_refused(order, pipeline.flat(), plan),
             why="; ".join(words),
         )
     return None
+
+
+def _refused(order: Sequence[Technique], passes: Sequence[Pass], plan: Plan) -> str:
+    """The name of the first pass that may not run: that of its technique, or recovery."""
+    left = list(order)
+    for end, item in enumerate(passes, 1):
+        name = left.pop(0).name if left and left[0].item is item else "recovery"
+        if not _fits(passes[:end], plan):
+            return name
+    raise AssertionError("every beginning of an illegal pipeline is legal")
 
 
 def _fits(passes: Sequence[Pass], plan: Plan) -> bool:

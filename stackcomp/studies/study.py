@@ -76,7 +76,7 @@ class Entry:
             )
         if self.split not in ROLES:
             raise SettingError(f"entry {self.key!r}: split={self.split!r} is not one of {', '.join(ROLES)}")
-        whole("seed", self.seed, 0, 2**63 - 1)
+        whole("seed", self.seed, 0, 2**32 - 1)  # what numpy takes
         if self.limit is not None:
             whole("limit", self.limit, 1, 2**63 - 1)
         try:

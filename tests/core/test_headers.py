@@ -77,6 +77,26 @@ def test_a_damaged_header_or_config_is_refused(tmp_path):
         headers.plan_of(folder)
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", '{"a": 1}', '{"a": {}}', '{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}']
+)
+def test_a_header_of_another_shape_is_damaged(tmp_path, text):
+    folder = write(tmp_path / "m", TENSORS, GPT2)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    with pytest.raises(CheckpointError, match="damaged safetensors header"):
+        headers.plan_of(folder)
+
+
+@pytest.mark.parametrize(
+    "said", [[], {"weights": []}, {}, {"weights": {"a": 1}}, {"weights": {}, "shared": 1}]
+)
+def test_a_config_that_does_not_say_how_weights_are_stored_is_damaged(tmp_path, said):
+    ours = {"quant_method": "stackcomp", **said} if isinstance(said, dict) else [said]
+    folder = write(tmp_path / "m", TENSORS, {**GPT2, "quantization_config": ours})
+    with pytest.raises(CheckpointError):
+        headers.plan_of(folder)
+
+
 @pytest.mark.parametrize("kind", headers.PLAIN_KINDS)
 def test_a_plain_model_of_each_family_has_blocks_and_an_embedding(kind):
     plan = headers.plain(kind)

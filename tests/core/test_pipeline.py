@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +74,13 @@ def test_a_switch_is_on_or_off(value):
         sc.FineTune(bf16=value)
     with pytest.raises(SettingError, match="bits="):
         sc.LowBitWeights(bits=True)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    item = sc.MagnitudePrune(sparsity=np.float64(0.25), block=(np.int64(2), 1))
+    assert repr(item) == "MagnitudePrune(sparsity=0.25, block=(2, 1))"
+    assert sc.parse(repr(sc.Pipeline(item))) == sc.Pipeline(item)
+    assert sc.MagnitudePrune(sparsity=np.float32(0.25)).sparsity == 0.25
 
 
 def test_what_is_no_pass_is_refused():

@@ -250,6 +250,17 @@ def test_hidden_regression_labels_are_refused_and_their_text_still_serves(tokeni
     [
         (lambda: tasks.glue("sst-2"), "did you mean 'sst2'"),
         (lambda: toy(metric="perplexity"), "metric='perplexity' is not one of accuracy, f1, matthews"),
+        (lambda: toy(metric="f1", labels=("a", "b", "c")), "metric='f1' is of two classes, and there are 3"),
+        (
+            lambda: (
+                tasks.classification(
+                    {"train": [{"text": "a film", "label": label} for label in (0, 1, 2)] * 4},
+                    test=2,
+                    metric="matthews",
+                ).num_labels
+            ),
+            "metric='matthews' is of two classes, and there are 3: give metric='accuracy'",
+        ),
         (lambda: toy(max_length=1), "max_length=1"),
         (lambda: toy(max_length=16.5), "max_length=16.5"),
         (lambda: toy(selection=0), "selection=0"),

@@ -1,6 +1,7 @@
 """Costs: bytes that sum to the file, parameters once, times side by side, memory that was really used."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stackcomp.core.errors import CheckpointError, SettingError
-from stackcomp.metrics import PeakMemory, bytes_of_file, cost, latency, macs, parameters
+from stackcomp.metrics import PeakMemory, bytes_of_file, cost, latency, latency_inputs, macs, parameters
 
 
 class Toy(nn.Module):
@@ -64,6 +65,14 @@ def test_tied_parameters_count_once() -> None:
 
 def test_macs_of_a_linear_layer() -> None:
     assert macs(Toy(), {"input_ids": torch.ones(3, 8)}) == 3 * 8 * 4
+
+
+@pytest.mark.parametrize(("places", "length"), [({}, 128), (-1, 128), (None, 128), (40, 38)])
+def test_latency_is_taken_on_texts_that_the_model_has_places_for(places, length) -> None:
+    model = torch.nn.Linear(2, 2)
+    said = {} if places == {} else {"max_position_embeddings": places}
+    model.config = SimpleNamespace(vocab_size=9, **said)
+    assert latency_inputs(model, batch=2, length=128)["input_ids"].shape == (2, length)
 
 
 def test_latency_is_interleaved_and_a_median() -> None:

@@ -40,6 +40,15 @@ def test_all_orders_of_four_are_sixty_four_runs_and_not_one_hundred_and_ninety_s
     assert all(place[key.rpartition(" > ")[0]] < place[key] for key in place if " > " in key)
 
 
+def test_one_pass_under_two_names_is_refused_by_the_later_name(folder):
+    item = sc.Int8Weights()
+    found = made(folder, {"first": item, "second": item})
+    assert {one.passes: one.refused for one in found.skipped} == {
+        ("first", "second"): "second",
+        ("second", "first"): "first",
+    }
+
+
 def test_what_is_run_is_what_the_contracts_allow_and_what_is_not_has_their_words(folder):
     passes = {
         "factors": sc.LowRank(data_aware=False),

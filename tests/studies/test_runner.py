@@ -248,6 +248,16 @@ def test_a_model_of_before_its_row_was_removed_or_its_task_declared_anew_is_not_
     assert inputs["pruned"] == inputs["rounded"]
 
 
+def test_a_failure_of_an_older_declaration_is_not_that_of_the_entry(folder, tmp_path):
+    mine = study(folder)
+    rows = Rows(name="toy", folder=tmp_path / "results")
+    failed = {"error": {"type": "BadWeights", "message": "NaN"}}
+    for one, more in zip(mine.entries, ({}, {"declaration": "Pipeline(Old())"}), strict=False):
+        rows.add({"key": one.key, **one.asked, **more, **failed})
+    table = Runner(study=mine, rows=rows, out=tmp_path / "out").table().splitlines()
+    assert [line.split()[0] for line in table] == ["failed", "missing", "missing"]
+
+
 def test_a_key_of_any_length_has_a_folder(run, folder):
     long = entry("x" * 400, folder, Prune())
     assert run(sc.Study(name="toy", entries=(long,)))[0] == 0

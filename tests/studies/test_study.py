@@ -56,6 +56,7 @@ def test_a_model_without_a_head_is_judged_with_that_of_the_task(tmp_path):
         ({"task": "sst2"}, "is no task"),
         ({"split": "tets"}, "is not one of train, selection, test"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
         ({"limit": 0}, "limit=0"),
         ({"labels": {"ratio": {1}}}, "no JSON"),
         ({"key": ""}, "is no name"),
