@@ -59,9 +59,9 @@ _FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
 }
 
 
-def stsb(rows: Sequence[Row]) -> str:
+def stsb(rows: Sequence[Row], rounded: Sequence[Row] = ()) -> str:
     """Score against encoder compression: each method in floating point and with int8 on top, the dense line and its
-    noise."""
+    noise. rounded: rows of plain rounding to fewer bits, to read all of them beside."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -76,6 +76,13 @@ def stsb(rows: Sequence[Row]) -> str:
             for int8 in (False, True):
                 _curve(axes, rows, method, int8)
         _curve(axes, rows, "Int8Weights", True)
+        for row in rounded:
+            place = row["layer_compression"], row["score"]
+            first = row is rounded[0]
+            axes.plot(*place, "*", color="0.2", markersize=13, label="plain rounding" if first else None)
+            axes.annotate(
+                row["key"].partition(" every")[0], place, (11, 0), textcoords="offset points", va="center"
+            )
         reached = max(row["layer_compression"] or 1 for row in rows)
         ticks = [tick for tick in (1.5, 2, 3, 4, 6, 8, 12, 16, 24) if tick <= reached * 1.3]
         _logarithmic(axes, {tick: f"{tick:g}x" for tick in ticks})
@@ -118,7 +125,7 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
             _panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
         figure.supxlabel(
-            "encoder compression, every index counted (log scale), and bytes of encoder and whole file; grey: 95% of dense"
+            "encoder compression, every index counted (log scale), and bytes of encoder and file; grey: 95% interval of the dense score"
         )
         return _svg(figure)
 
@@ -189,7 +196,9 @@ def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
         ):
             _bits_panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
-        figure.supxlabel("bits a weight, every byte counted (log scale); grey: 95% of dense")
+        figure.supxlabel(
+            "bits a weight, every byte counted (log scale); grey: 95% interval of the dense score"
+        )
         return _svg(figure)
 
 
