@@ -82,7 +82,7 @@ def test_importance_ranks_heads_as_the_loss_does(family, tokenizer, tmp_path):
     context = Context(targets=(), seed=0, scratch=tmp_path, task=task, tokenizer=tokenizer)
 
     def batches(size):
-        return list(data.labelled_batches(context, 24, batch_size=size, label=""))
+        return list(data.labelled_batches(context, model, 24, batch_size=size, label=""))
 
     found = data.input_importance(model, modules, batches(8), loss, together=features)
     singles = batches(1)
