@@ -75,8 +75,9 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
         score - best[ratio, False] for (ratio, ours), score in best.items() if ours and (ratio, False) in best
     ]
     if gaps:
+        verdict = "holds more than" if min(gaps) > 0 else "does not always hold more than"
         yield (
-            f"**Dense-sparse holds more than low rank in the same bytes:** {min(gaps):+.2f} to {max(gaps):+.2f} points on STS-B without "
+            f"**Dense-sparse {verdict} low rank in the same bytes:** {min(gaps):+.2f} to {max(gaps):+.2f} points on STS-B without "
             "training."
         )
     ours, theirs = (compared.difference(one, DENSE) for one in ((STF, RATIO), LOW_RANK))

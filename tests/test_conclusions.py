@@ -66,7 +66,11 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
         plain("LowRank", 3.0, 76.0),
     ]
     text = conclusions.headline({**NOTHING, "stsb": rows}, compared())
-    assert "+1.00 to +3.00 points on STS-B" in text
+    assert "**Dense-sparse holds more than low rank in the same bytes:** +1.00 to +3.00 points" in text
+    behind = said(stsb=[*rows, plain("LowRank", 3.0, 80.0)])
+    assert (
+        "**Dense-sparse does not always hold more than low rank in the same bytes:** -1.00 to +1.00" in behind
+    )
     assert "mean of 4 tasks: -0." in text
     assert "(+" not in said(stsb=[])
 

@@ -48,32 +48,6 @@ def test_noise_stays_as_it_is():
     assert coding.encode(np.random.default_rng(0).bytes(5000), 1) is None
 
 
-def test_experts_that_a_plain_file_holds_one_by_one_are_coded_together(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    model = transformers.MixtralForCausalLM(config).eval()
-    checkpoint.save(model, tmp_path / "plain")
-    nn.code(model)
-    batch = {"input_ids": torch.arange(8)[None]}
-    for name in ("coded", "again"):
-        checkpoint.save(model, tmp_path / name)
-        reloaded = checkpoint.load(tmp_path / name)
-        assert torch.equal(reloaded(**batch).logits, model(**batch).logits)
-        model = reloaded
-    plain, coded, again = (
-        (tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "coded", "again")
-    )
-    assert again == coded < plain
-
-
 @pytest.mark.parametrize(
     "before",
     [
