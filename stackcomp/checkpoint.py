@@ -2,6 +2,10 @@
 
 A folder is written beside its place and renamed into it, so it is whole or absent. Weights are one
 safetensors file; nothing is pickled.
+
+What only stackcomp can read must not reload as something else. `transformers` skips a quantization method that it does not know and fills
+what it misses with random numbers; so config.json names a weights file that is not there, and whose name says what to do. Once stackcomp
+is imported, its quantizer takes that name away before any file is looked for.
 """
 
 import json
@@ -24,6 +28,7 @@ RECIPE = "recipe.json"
 LEDGER = "ledger.json"
 FORMAT = 1
 ONE_FILE = "1000GB"
+IMPORT_FIRST = "import_stackcomp_first.safetensors"  # where transformers looks for weights as long as it does not know ours
 COMPONENTS = ("values", "indices", "scales", "embeddings", "dense", "header")
 _OF_TENSOR = {"values": "values", "support": "indices", "scales": "scales"}
 
@@ -46,8 +51,7 @@ def save(
     behind.
     """
     with whole_folder(Path(directory)) as folder:
-        with _without_bars():
-            model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        _save(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         made = ledger(components(folder)) if callable(ledger) else ledger
@@ -63,8 +67,7 @@ def export(model: "PreTrainedModel", directory: str | Path, *, beside: str | Pat
     from transformers import AutoTokenizer
 
     with whole_folder(Path(directory)) as folder:
-        with _without_bars():
-            model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        _save(model, folder)
         if (Path(beside) / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(beside).save_pretrained(folder)
 
@@ -180,6 +183,17 @@ def _component(name: str, kinds: Mapping[str, str], plain: set[str]) -> str:
         if path in kinds:
             return _OF_TENSOR[attribute]
     return "dense"
+
+
+def _save(model: "PreTrainedModel", folder: Path) -> None:
+    """Config and weights, as `transformers` writes them; a compressed model's config refuses a load without stackcomp."""
+    with _without_bars():
+        model.save_pretrained(folder, max_shard_size=ONE_FILE)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf8"))
+    if "quantization_config" in config:
+        text = json.dumps(config | {"transformers_weights": IMPORT_FIRST}, indent=2, sort_keys=True)
+        path.write_text(text + "\n", "utf8")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stackcomp import checkpoint, data, metrics, nn
+from stackcomp import card, checkpoint, data, metrics, nn
 from stackcomp.core import contract, fingerprint
 from stackcomp.core import ledger as ledgers
 from stackcomp.core.context import Context, Progress
@@ -448,8 +448,9 @@ class Run:
         return self.task.texts("train", count)
 
     def _publish(self, ledger: Ledger) -> None:
-        """Put the last step's files into `out` itself."""
+        """Put the last step's files into `out` itself, and the model card beside them."""
         checkpoint.publish(self._folder(len(self.passes)), self.out, ledger=ledger.to_json())
+        card.write(self.out, self.source, Pipeline(*self.passes), ledger, self.task)
         (self.out / ledgers.RUNNING).unlink()
         shutil.rmtree(self.out / "scratch", ignore_errors=True)
 

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_tensors_start_where_those_of_torch_do_however_they_lie_in_the_file(mode
         given.append(transformers.AutoModelForSequenceClassification.from_pretrained(folder))
     for again in given:
         assert not [name for name, part in again.state_dict().items() if part.data_ptr() % 64]
+
+
+WITHOUT_US = """
+import sys, transformers
+try:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+except OSError as error:
+    sys.exit(f"refused: {error}")
+assert "stackcomp" not in sys.modules
+"""
+
+
+def test_without_our_import_a_compressed_model_is_refused_and_a_plain_one_loads(model, folder):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_US, str(folder)], capture_output=True, text=True)
+    compressed = "quantization_config" in json.loads((folder / "config.json").read_text())
+    assert done.returncode == int(compressed), done.stderr
+    assert ("refused" in done.stderr and "import_stackcomp_first" in done.stderr) is compressed
 
 
 def test_saving_twice_gives_the_same_bytes(model, folder, tmp_path):

@@ -138,6 +138,11 @@ class StackcompQuantizer(HfQuantizer):
     _omission: RemovableHandle
     _expanded: "finalize[..., Any] | None" = None  # removes the plain file read in the place of a coded one
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before any file is looked for: forget the weights file that a load without us asks for in vain (`checkpoint`)."""
+        vars(config).pop("transformers_weights", None)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", *, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
