@@ -46,7 +46,7 @@ _FAR_BELOW = ("pruned, int4",)  # what must not flatten the other lines
 _FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
     ("dense-sparse, int4",): ("dense-sparse,\nint4", BLUE, "o", "-"),
     ("dense-sparse, int8",): ("dense-sparse,\nint8", BLUE, "o", ":"),
-    ("STF, int4", "STF, GPTQ int4", "STF, GPTQ int3"): ("best of STF", BLUE, "p", ""),
+    ("STF, int4", "STF, GPTQ int4"): ("best of STF", BLUE, "p", ""),
     ("low rank, int4",): ("low rank,\nint4", GREEN, "^", "--"),
     ("low rank, int8",): ("low rank,\nint8", GREEN, "^", ":"),
     ("rounded, trained", "ternary, trained", "binary, trained"): (

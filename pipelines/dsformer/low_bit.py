@@ -8,8 +8,8 @@ Methods, all with the same number of recovery steps, batches, teacher and losses
 - "rounded": LowBitWeights of 2 bits, without recovery; "ternary" and "binary": the same with 1.6 and 1; each with ", trained":
   QuantizationAware at the same bits;
 - "dense-sparse" and "low rank", with factors of 4 or of 8 bits;
-- "STF": supports learned in half of the steps, 4 bits in the other half; "STF, GPTQ": supports and values learned in all steps, then
-  rounded to 4 or to 3 bits on calibration text, without a further step;
+- "STF": supports learned in half of the steps, 4 bits in the other half; "STF, GPTQ", at 1.5 bits: supports and values learned in all
+  steps, then rounded on calibration text, without a further step;
 - "pruned": the largest values, of 4 bits, beside a bitmap.
 
 Plain rounding meets every budget; that of 2 bits in two ways, with 2 bits and a scale for 384 values, or ternary with one for 40. What an
@@ -54,7 +54,7 @@ class Width:
 
 
 WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=8, value_bits=8.5))
-GPTQ_WIDTHS = (Width(bits=4, value_bits=4.6), Width(bits=3, value_bits=3.6))
+GPTQ_BITS = 1.5  # the budget at which rounding after all steps is tried beside rounding in their loop
 
 
 def learned(budget: Budget, bits: float, group: int | None = None, **settings: object) -> sc.Pass:
@@ -84,13 +84,13 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
             learned(budget, 4, **half),
         ),
     )
-    for width in GPTQ_WIDTHS:
+    if bits == GPTQ_BITS:
         yield (
-            f"STF, GPTQ int{width.bits}",
+            "STF, GPTQ int4",
             sc.Pipeline(
-                factorized(ratio=width.ratio(bits), value_bits=width.value_bits),
-                stf(budget, value_bits=width.value_bits),
-                sc.GPTQ(bits=width.bits, only=BLOCKS, samples=1024),
+                factorized(ratio=int4.ratio(bits), value_bits=int4.value_bits),
+                stf(budget, value_bits=int4.value_bits),
+                sc.GPTQ(bits=4, only=BLOCKS, samples=1024),
             ),
         )
     pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)

@@ -34,6 +34,7 @@ def pipelines() -> Iterator[tuple[str, sc.Pass]]:
     yield "magnitude pruning, 0.5, blocks of 1x4", sc.MagnitudePrune(sparsity=0.5, block=(1, 4), **layers)
     yield "int8 weights", sc.Int8Weights(**layers)
     yield "int8 dynamic", sc.Int8Dynamic(**layers)
+    yield "int8 dynamic, outliers of 6", sc.Int8Dynamic(outliers=6.0, **layers)
     yield "SmoothQuant, int8 dynamic", sc.Pipeline(sc.SmoothQuant(**text), sc.Int8Dynamic(**layers))
     for bits in (4, 3, 2):
         yield f"{bits} bits to nearest", sc.LowBitWeights(bits=bits, **layers)

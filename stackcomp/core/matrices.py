@@ -160,7 +160,7 @@ class MatrixSpec:
 
     `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column);
     `scale_coding` is the scales' own dtype; `dynamic` that the inputs of its product are rounded to int8 as
-    they come. Values of fewer bits have a scale for every `group` stored values of a line (see `lines`), the
+    they come, but for those of at least the magnitude `outliers`. Values of fewer bits have a scale for every `group` stored values of a line (see `lines`), the
     last group of which may be shorter; their codes are packed without a gap. Codes of a codebook are packed too:
     its 2^bits shared values take the place of scales, and are those of one line (group=1) or of the matrix (None).
     """
@@ -172,6 +172,7 @@ class MatrixSpec:
     scale_axis: Literal[0, 1] = 0
     scale_coding: Coding = "float32"
     dynamic: bool = False
+    outliers: float | None = None
     group: int | None = None
 
     def __post_init__(self) -> None:
@@ -188,6 +189,8 @@ class MatrixSpec:
             raise SettingError(
                 f"dynamic=True does not fit coding={self.coding!r}: inputs are rounded for int8 values only"
             )
+        if self.outliers is not None and not self.dynamic:
+            raise SettingError(f"outliers={self.outliers!r} does not fit dynamic=False: no input is rounded")
         if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
             raise SettingError(
                 f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor"
@@ -296,8 +299,8 @@ class MatrixSpec:
         """A JSON object; `from_json` reads it back."""
         data = {
             name: getattr(self, name)
-            for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic", "group")
-            if name != "group" or self.packed
+            for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic", "outliers", "group")
+            if (name != "group" or self.packed) and (name != "outliers" or self.outliers is not None)
         }
         return {**data, "layout": dict(vars(self.layout))}
 

@@ -174,7 +174,14 @@ class WeightSpec:
         }
         return replace(self, matrices=sparse)
 
-    def rounded(self, coding: Coding, group: int | None = None, *, dynamic: bool = False) -> "WeightSpec":
+    def rounded(
+        self,
+        coding: Coding,
+        group: int | None = None,
+        *,
+        dynamic: bool = False,
+        outliers: float | None = None,
+    ) -> "WeightSpec":
         """The weight with every floating-point matrix as codes: of int8 with one scale a row, or a column where a product sums over the
         rows (both factors of a transposed product); all others with scales, or shared values, of 16 bits.
 
@@ -188,6 +195,7 @@ class WeightSpec:
                 coding=coding,
                 group=group,
                 dynamic=dynamic,
+                outliers=outliers,
                 scale_axis=1 if coding == "int8" and self.transposed and part != "weight" else 0,
                 scale_coding=matrix.coding if coding == "int8" else short,
             )

@@ -149,7 +149,7 @@ class StoredMatrix(nn.Module):
         if blocks > 1:
             return self._blockwise(x, blocks, transpose=True)
         if self._rounds(0):
-            return quantize.int8_linear(x, self._spread(), self._steps)
+            return self._integer_product(x, self._spread(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=True)
         if self._scaled(0):
@@ -161,7 +161,7 @@ class StoredMatrix(nn.Module):
         if blocks > 1:
             return self._blockwise(x, blocks, transpose=False)
         if self._rounds(1):
-            return quantize.int8_linear(x, self._spread().t(), self._steps)
+            return self._integer_product(x, self._spread().t(), self._steps)
         if self._gathers(x):
             return self._gather(x, transpose=False)
         if self._scaled(1):
@@ -210,7 +210,7 @@ class StoredMatrix(nn.Module):
                 form = f"{spec.layout.nonzeros} free{blocks}"
         shared = f" for each of {spec.books}" if spec.clustered else f" in groups of {spec.group}"
         group = shared if spec.group else ""
-        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}"
+        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}{f' below {spec.outliers:g}' if spec.outliers else ''}"
 
     @property
     def _steps(self) -> Tensor:
@@ -242,6 +242,10 @@ class StoredMatrix(nn.Module):
         """
         return self._form.dynamic and self._form.scale_axis == axis
 
+    def _integer_product(self, x: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
+        """x (integers * scales)^T with x rounded."""
+        return quantize.int8_linear(x, integers, scales, self._form.outliers)
+
     def _blockwise(self, x: Tensor, blocks: int, *, transpose: bool) -> Tensor:
         """Products with each of the matrices below each other; inputs are rounded block by block."""
         if not self._rounds(0 if transpose else 1):
@@ -253,9 +257,9 @@ class StoredMatrix(nn.Module):
         parts = x.unflatten(-1, (blocks, -1)).unbind(-2)
         if transpose:
             scales = self._steps.unflatten(0, (blocks, -1))
-            products = [quantize.int8_linear(parts[k], stack[k], scales[k]) for k in range(blocks)]
+            products = [self._integer_product(parts[k], stack[k], scales[k]) for k in range(blocks)]
         else:
-            products = [quantize.int8_linear(parts[k], stack[k].t(), self._steps) for k in range(blocks)]
+            products = [self._integer_product(parts[k], stack[k].t(), self._steps) for k in range(blocks)]
         return torch.cat(products, dim=-1)
 
     def _flat(self) -> Tensor:

@@ -194,12 +194,13 @@ def quantize(
     coding: Coding = "int8",
     group: int | None = None,
     dynamic: bool = False,
+    outliers: float | None = None,
 ) -> None:
     """Store every floating-point matrix of a weight as codes.
 
     int8: with scales in the dtype that the weight had. A matrix has one scale a row, or a column where its product
     sums over the rows (both factors of a transposed product). dynamic: the inputs of its products are rounded too,
-    token by token.
+    token by token, but for those of at least the magnitude `outliers`.
 
     int4, int3, int2, nf4, ternary and binary: packed codes, with a scale for every `group` stored values of a row (of a
     `Free` layout, of all values), kept as float16, or bfloat16 in a model that is so. codebook2 to codebook8: packed codes into
@@ -207,7 +208,7 @@ def quantize(
     still of the matrix). Raises SettingError for other codings, and for a group or inputs that do not go with them.
     """
     handle = weights(model)[id_]
-    rounded = _rounded(handle, coding, group, dynamic=dynamic)
+    rounded = _rounded(handle, coding, group, dynamic=dynamic, outliers=outliers)
     store_as(model, handle, handle.matrices | rounded, transposed=handle.spec.transposed)
 
 
@@ -315,11 +316,11 @@ def _sparse(
 
 
 def _rounded(
-    handle: WeightHandle, coding: Coding, group: int | None, *, dynamic: bool = False
+    handle: WeightHandle, coding: Coding, group: int | None, **inputs: Any
 ) -> dict[str, StoredMatrix]:
-    """The floating-point matrices of a weight as codes."""
+    """The floating-point matrices of a weight as codes. inputs: how those of their products are rounded, as `WeightSpec.rounded` takes it."""
     one_of("coding", coding, (*low_bit.GRIDS, *CODEBOOKS.values()))
-    forms = handle.spec.rounded(coding, group, dynamic=dynamic).matrices
+    forms = handle.spec.rounded(coding, group, **inputs).matrices
     return {
         part: encoded(matrix, forms[part])
         for part, matrix in handle.matrices.items()

@@ -40,14 +40,25 @@ def row_scales(largest: Float[Tensor, "*rows"], dtype: torch.dtype) -> Float[Ten
 
 
 def int8_linear(
-    x: Float[Tensor, "*batch m"], q: Int8[Tensor, "n m"], scales: Float[Tensor, " n"]
+    x: Float[Tensor, "*batch m"],
+    q: Int8[Tensor, "n m"],
+    scales: Float[Tensor, " n"],
+    outliers: float | None = None,
 ) -> Float[Tensor, "*batch n"]:
     """x (q * scales)^T with x rounded to int8 token by token; sums are exact 32-bit integers.
 
+    outliers: inputs of at least this magnitude are not rounded, and do not make the steps of the others coarse: their products are added
+    in floating point (LLM.int8(), arXiv 2208.07339; there a whole column is left so, in every token, where one has an outlier).
     The result has the wider dtype of x and scales, so that a bias is added before it is rounded to that of x.
     The gradient passes straight through the rounding of x (arXiv 1308.3432).
     """
-    return _Int8Linear.apply(x, q, scales)  # type: ignore[return-value]
+    if outliers is None:
+        return _Int8Linear.apply(x, q, scales)  # type: ignore[return-value]
+    large = x.abs() >= outliers
+    rounded: Tensor = _Int8Linear.apply(x.masked_fill(large, 0), q, scales)  # type: ignore[assignment]
+    columns = large.reshape(-1, x.shape[-1]).any(0).nonzero().squeeze(1)
+    few = (x * large)[..., columns]
+    return rounded + int8_weight_linear(few, q[:, columns], scales)
 
 
 class _Int8Linear(torch.autograd.Function):

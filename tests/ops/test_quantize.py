@@ -123,3 +123,59 @@ def test_sums_are_exact_on_odd_shapes(tokens, columns, rows):
     wanted = (integers.long() @ q.t().long()).float() * steps[:, None] * 0.5
     for _ in range(3):  # uninitialised memory differs from call to call
         assert torch.equal(int8_linear(x, q, torch.full((rows,), 0.5)), wanted)
+
+
+def with_outliers():
+    """Inputs of which a few are ten times as large as the rest, and a layer."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 64)
+    x[2, 3, 5], x[0, 1, 9], x[0, 1, 5] = 60.0, -45.0, 70.0
+    return x, nn.Linear(64, 32, bias=False).weight.detach()
+
+
+def test_outliers_are_added_in_floating_point_and_the_rest_is_rounded_without_them():
+    x, weight = with_outliers()
+    q, scales = quantize_rows(weight)
+    large = x.abs() >= 6
+    expected = int8_linear(x.masked_fill(large, 0), q, scales) + (x * large) @ (q * scales[:, None]).T
+    torch.testing.assert_close(int8_linear(x, q, scales, outliers=6.0), expected)
+    exact = int8_weight_linear(x, q, scales)
+    errors = [(int8_linear(x, q, scales, **how) - exact)[0, 1].norm() for how in ({}, {"outliers": 6.0})]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_where_nothing_is_as_large_nothing_changes():
+    q, scales = quantize_rows(torch.randn(9, 16))
+    x = torch.randn(3, 16).clamp(-2, 2)
+    assert torch.equal(int8_linear(x, q, scales, outliers=6.0), int8_linear(x, q, scales))
+
+
+def test_an_outlier_of_another_token_does_not_change_a_token():
+    x, weight = with_outliers()
+    q, scales = quantize_rows(weight)
+    alone = int8_linear(x[0, 2], q, scales, outliers=6.0)
+    torch.testing.assert_close(int8_linear(x, q, scales, outliers=6.0)[0, 2], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_outliers_come_as_near_as_those_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    x, weight = with_outliers()
+    theirs = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    theirs.load_state_dict({"weight": weight})
+    theirs = theirs.to("cpu").eval()
+    exact = x @ weight.T
+    with torch.no_grad():
+        distance = (theirs(x) - exact).norm()
+    q, scales = quantize_rows(weight)
+    assert (int8_linear(x, q, scales, outliers=6.0) - exact).norm() < 1.2 * distance
+    assert (int8_linear(x, q, scales) - exact).norm() > 2 * distance
+
+
+def test_the_gradient_passes_outliers_too():
+    x, weight = with_outliers()
+    q, scales = quantize_rows(weight)
+    x = x.requires_grad_()
+    int8_linear(x, q, scales, outliers=6.0).sum().backward()
+    expected = (q * scales[:, None]).sum(0).expand_as(x)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import nn
+from stackcomp import checkpoint, nn
+from stackcomp.core.errors import SettingError
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -59,6 +60,31 @@ def test_pruned_zeros_stay_zero(tokenizer, tmp_path):
     apply(sc.Int8Weights(only=BLOCKS), model, tokenizer, tmp_path)
     for id_, handle in nn.weights(model).items():
         assert (handle.dense()[zeros[id_]] == 0).all()
+
+
+@pytest.mark.parametrize("first", [None, sc.DenseSparse(ratio=1.5, only=BLOCKS)], ids=str)
+def test_outliers_are_stored_as_a_setting_and_reload(first, tokenizer, tmp_path):
+    model = toys.bert_classifier()
+    if first is not None:
+        apply(first, model, tokenizer, tmp_path)
+    plain = copy.deepcopy(model)
+    apply(sc.Int8Dynamic(only=BLOCKS, outliers=1.5), model, tokenizer, tmp_path)
+    apply(sc.Int8Dynamic(only=BLOCKS), plain, tokenizer, tmp_path)
+    checkpoint.save(model, tmp_path / "some")
+    checkpoint.save(plain, tmp_path / "all")
+    sizes = [checkpoint.components(tmp_path / name) for name in ("some", "all")]
+    assert sizes[0] == sizes[1]
+    batch = toys.batch(tokenizer)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        assert torch.equal(checkpoint.load(tmp_path / "some")(**batch).logits, logits)
+        assert not torch.equal(plain(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("outliers", [0.0, -1.0, float("nan"), True, "6"])
+def test_outliers_out_of_range_are_refused(outliers):
+    with pytest.raises(SettingError, match="outliers"):
+        sc.Int8Dynamic(outliers=outliers)
 
 
 def test_embeddings_are_rounded_when_named(tokenizer, tmp_path):
