@@ -160,9 +160,10 @@ class MatrixSpec:
 
     `scale_axis` tells along which axis an int8 matrix has its scales (0: one a row, 1: one a column);
     `scale_coding` is the scales' own dtype; `dynamic` that the inputs of its product are rounded to int8 as
-    they come, but for those of at least the magnitude `outliers`. Values of fewer bits have a scale for every `group` stored values of a line (see `lines`), the
-    last group of which may be shorter; their codes are packed without a gap. Codes of a codebook are packed too:
-    its 2^bits shared values take the place of scales, and are those of one line (group=1) or of the matrix (None).
+    they come, but for those of at least the magnitude `outliers`. Values of fewer bits have a scale for every `group`
+    stored values of a line (see `lines`), the last group of which may be shorter; their codes are packed without a gap.
+    Codes of a codebook are packed too: its 2^bits shared values take the place of scales, and are those of one line
+    (group=1) or of the matrix (None).
     """
 
     rows: int
@@ -299,7 +300,16 @@ class MatrixSpec:
         """A JSON object; `from_json` reads it back."""
         data = {
             name: getattr(self, name)
-            for name in ("rows", "cols", "coding", "scale_axis", "scale_coding", "dynamic", "outliers", "group")
+            for name in (
+                "rows",
+                "cols",
+                "coding",
+                "scale_axis",
+                "scale_coding",
+                "dynamic",
+                "outliers",
+                "group",
+            )
             if (name != "group" or self.packed) and (name != "outliers" or self.outliers is not None)
         }
         return {**data, "layout": dict(vars(self.layout))}

@@ -210,7 +210,9 @@ class StoredMatrix(nn.Module):
                 form = f"{spec.layout.nonzeros} free{blocks}"
         shared = f" for each of {spec.books}" if spec.clustered else f" in groups of {spec.group}"
         group = shared if spec.group else ""
-        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{', dynamic' if spec.dynamic else ''}{f' below {spec.outliers:g}' if spec.outliers else ''}"
+        inputs = ", dynamic" if spec.dynamic else ""
+        some = f" below {spec.outliers:g}" if spec.outliers else ""
+        return f"{spec.rows}x{spec.cols}, {form}, {spec.coding}{group}{inputs}{some}"
 
     @property
     def _steps(self) -> Tensor:

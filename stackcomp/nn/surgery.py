@@ -318,7 +318,7 @@ def _sparse(
 def _rounded(
     handle: WeightHandle, coding: Coding, group: int | None, **inputs: Any
 ) -> dict[str, StoredMatrix]:
-    """The floating-point matrices of a weight as codes. inputs: how those of their products are rounded, as `WeightSpec.rounded` takes it."""
+    """The floating-point matrices of a weight as codes. inputs: what `WeightSpec.rounded` asks of those of their products."""
     one_of("coding", coding, (*low_bit.GRIDS, *CODEBOOKS.values()))
     forms = handle.spec.rounded(coding, group, **inputs).matrices
     return {
