@@ -11,12 +11,17 @@ granularity), bit for bit:
 Rounding is to nearest, ties to even; scales are float32 whatever the dtype of the weight.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
 HALF_RANGE = 127.5  # (127 - -128) / 2
 EPSILON = torch.finfo(torch.float32).eps
+EXACT = (
+    1024  # columns: their products of int8 sum to 2^24 at most, up to where float32 holds every whole number
+)
 TILE = 128  # tokens a tile: its 32-bit products are scaled while they are still in the cache
 
 
@@ -73,9 +78,10 @@ class _Int8Linear(torch.autograd.Function):
             len(tokens), len(q), dtype=torch.promote_types(x.dtype, scales.dtype), device=x.device
         )
         products: list[Tensor] = []
+        multiplied = _multiplied(q)
         for start in range(0, len(tokens), TILE):
             integers, steps = quantize_rows(tokens[start : start + TILE])
-            product = _sums(integers, q) * steps[:, None]
+            product = multiplied(integers) * steps[:, None]
             if x.dtype != torch.float16:  # whose range it may leave
                 product = product.to(x.dtype)
             torch.mul(product, scales, out=y[start : start + TILE])
@@ -96,15 +102,26 @@ class _Int8Linear(torch.autograd.Function):
         return to_x, None, to_scales
 
 
-def _sums(integers: Tensor, q: Tensor) -> Tensor:
-    """integers q^T, summed exactly. On other devices than the CPU `_int_mm` takes only some shapes, so
-    doubles stand in there; with a single column it reads uninitialised memory (torch 2.13), and nothing is to sum.
+def _multiplied(q: Int8[Tensor, "n m"]) -> Callable[[Int8[Tensor, "t m"]], Tensor]:
+    """What takes integers to integers q^T, summed exactly: by integer instructions where the processor has them (elsewhere `_int_mm` is
+    twenty times as slow as floating point; with a single column it reads uninitialised memory in torch 2.13), else in float32, of so few
+    columns at a time that whole numbers stay exact. On other devices than the CPU doubles stand in: `_int_mm` takes only some shapes there.
     """
-    if integers.shape[1] == 1:
-        return integers.int() * q.t().int()
-    if integers.device.type == "cpu":
-        return torch._int_mm(integers, q.t())
-    return (integers.double() @ q.double().t()).float()
+    if q.device.type != "cpu":
+        doubles = q.double().t()
+        return lambda integers: (integers.double() @ doubles).float()
+    if torch.cpu._is_vnni_supported() and q.shape[1] > 1:
+        return lambda integers: torch._int_mm(integers, q.t())
+    parts = [part.float().t() for part in q.split(EXACT, dim=1)]
+    if len(parts) == 1:
+        return lambda integers: integers.float() @ parts[0]
+
+    def summed(integers: Tensor) -> Tensor:
+        pieces = integers.split(EXACT, dim=1)
+        found = [(a.float() @ b).int() for a, b in zip(pieces, parts, strict=True)]
+        return torch.stack(found).sum(0, dtype=torch.int32)
+
+    return summed
 
 
 def int8_weight_linear(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from stackcomp.ops import int8_linear, int8_weight_linear, quantize_rows
-from stackcomp.ops.quantize import TILE
+from stackcomp.ops.quantize import EXACT, TILE
 
 SHAPES = [(48, 32), (37, 65), (1, 3), (384, 96)]
 
@@ -123,6 +123,24 @@ def test_sums_are_exact_on_odd_shapes(tokens, columns, rows):
     wanted = (integers.long() @ q.t().long()).float() * steps[:, None] * 0.5
     for _ in range(3):  # uninitialised memory differs from call to call
         assert torch.equal(int8_linear(x, q, torch.full((rows,), 0.5)), wanted)
+
+
+@pytest.fixture(params=["integers", "floats"])
+def products(request, monkeypatch):
+    """How sums are made where the processor multiplies integers, and where it does not."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: request.param == "integers")
+
+
+@pytest.mark.parametrize("columns", [EXACT - 1, EXACT, EXACT + 1, 3 * EXACT])
+@pytest.mark.parametrize("value", [-127, -128])
+def test_the_largest_sums_are_exact_either_way(products, value, columns):
+    q = torch.full((3, columns), value, dtype=torch.int8)
+    x = torch.full((2, columns), float(value))
+    x[:, 0] = -127.5  # makes the step 1
+    integers, steps = quantize_rows(x)
+    wanted = (integers.long() @ q.t().long()).float() * steps[:, None]
+    assert wanted.max() >= 127 * 127 * columns
+    assert torch.equal(int8_linear(x, q, torch.ones(3)), wanted)
 
 
 def with_outliers():
