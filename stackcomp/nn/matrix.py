@@ -269,16 +269,23 @@ class StoredMatrix(nn.Module):
         form = self._form
         if not form.packed:
             return self.values.flatten()
-        codes = low_bit.unpack(self.values, form.coding, form.count).view(form.lines)
         scales = low_bit.stored_scales(self._steps, self._scale_dtype)
         if form.clustered:
-            book = torch.arange(form.books, dtype=torch.int32, device=codes.device)
-            return clusters.look_up(
-                scales.view(form.books, -1), codes.view(form.books, -1), book[:, None]
-            ).flatten()
+            return self._of_books(scales.view(form.books, -1))
         assert form.group is not None
-        scales = scales.view(form.lines[0], -1)
-        return low_bit.dequantize_groups(codes, scales, form.coding, form.group).flatten()
+        grid = low_bit.grid_of(form.coding, scales.dtype, scales.device)
+        places = low_bit.look_up(self.values, form.coding, form.count, grid).view(form.lines)
+        return low_bit.scaled(places, scales.view(form.lines[0], -1), form.group).flatten()
+
+    def _of_books(self, books: Float[Tensor, "books levels"]) -> Float[Tensor, " n"]:
+        """The stored values, whose codes are those of codebooks."""
+        form = self._form
+        if len(books) == 1:
+            wide = books[0].to(torch.promote_types(books.dtype, torch.float32))  # of gradients, too
+            return low_bit.look_up(self.values, form.coding, form.count, wide).to(books.dtype)
+        codes = low_bit.unpack(self.values, form.coding, form.count).view(form.books, -1)
+        book = torch.arange(form.books, dtype=torch.int32, device=codes.device)
+        return clusters.look_up(books, codes, book[:, None]).flatten()
 
     def _at(self, entries: Int64[Tensor, "*t"]) -> Tensor:
         """The stored values at these places of the row `_flat`, without decoding the others."""

@@ -33,9 +33,10 @@ fives: value i is digit i mod 5, lowest first, of byte floor(i / 5) in base 3.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
 from stackcomp.core.matrices import TRITS, VALUE_BITS, Coding, packed_bytes
@@ -98,6 +99,7 @@ TRIES = 12  # scales compared for each end of the grid: 6 leave up to 5 percent 
 NARROWEST = 0.5  # the smallest scale compared, as a share of the one that clips nothing
 CLIP = 1.01  # keeps the largest value on the last level, so that rounding again finds the same scale
 TILE = 1 << 16  # values searched at a time: they stay in the cache
+_WHOLE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by their bytes
 _POWERS = 3 ** torch.arange(TRITS, dtype=torch.uint8)
 _DIGITS = torch.arange(256, dtype=torch.uint8)[:, None] // _POWERS % 3  # of every byte in base 3
 
@@ -134,7 +136,18 @@ def dequantize_groups(
     codes: UInt8[Tensor, "lines length"], scales: Float[Tensor, "lines groups"], coding: Coding, group: int
 ) -> Float[Tensor, "lines length"]:
     """The values that codes and scales stand for, in the dtype of the scales; the gradient reaches the scales."""
-    return levels(codes, coding, scales.dtype) * per_value(scales, group, codes.shape[1])
+    return scaled(levels(codes, coding, scales.dtype), scales, group)
+
+
+def scaled(
+    places: Float[Tensor, "lines length"], scales: Float[Tensor, "lines groups"], group: int
+) -> Float[Tensor, "lines length"]:
+    """Levels times the scales of their groups; `places` is overwritten where no gradient is asked for."""
+    parts = _groups(places, group)
+    shares = scales.split([parts[0].shape[1], *[1] * (len(parts) - 1)], dim=1)
+    product = torch.mul if scales.requires_grad else Tensor.mul_
+    found = [product(part, share[..., None]).flatten(1) for part, share in zip(parts, shares, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def per_value(
@@ -208,6 +221,32 @@ def unpack(packed: UInt8[Tensor, " bytes"], coding: Coding, count: int) -> UInt8
     return words.view(torch.uint8)[:count]
 
 
+def look_up(
+    packed: UInt8[Tensor, " bytes"], coding: Coding, count: int, values: Float[Tensor, " codes"]
+) -> Float[Tensor, " n"]:
+    """The values of the first `count` codes that `pack` packed: values[code]. The gradient reaches `values`.
+
+    One pass over the bytes, each of which (or each 12 bits of codes of 3) picks the values of all its codes from a table. Without a
+    gradient they are picked as one number of their size, where there is such a dtype: four times as fast.
+    """
+    table = _table(coding)
+    if table is None:
+        return values.index_select(0, unpack(packed, coding, count).int())
+    held = values[table.to(packed.device)]
+    words = _words(packed, coding)
+    whole = None if held.requires_grad else _WHOLE.get(held[0].nbytes)
+    if whole is None:
+        return held.index_select(0, words).flatten()[:count]
+    return held.view(whole).squeeze(1).index_select(0, words).view(values.dtype)[:count]
+
+
+def grid_of(coding: Coding, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " codes"]:
+    """Where every code stands on the grid."""
+    grid = GRIDS[coding]
+    count = len(grid.table) if isinstance(grid, NormalFloat) else grid.high - grid.low + 1
+    return levels(torch.arange(count, dtype=torch.uint8, device=device), coding, dtype)
+
+
 def take(packed: UInt8[Tensor, " bytes"], coding: Coding, places: Int64[Tensor, "*t"]) -> UInt8[Tensor, "*t"]:
     """The codes at `places`, without unpacking the others."""
     if coding == "ternary":
@@ -226,6 +265,34 @@ def stored_scales(scales: Float[Tensor, "*n"], dtype: torch.dtype) -> Float[Tens
         limit = torch.finfo(dtype).max
         rounded = scales.clamp(-limit, limit).to(dtype).to(scales.dtype)
     return scales + (rounded - scales).detach() if scales.requires_grad else rounded
+
+
+@cache
+@torch.inference_mode(mode=False)  # it outlives the first call
+def _table(coding: Coding) -> Int64[Tensor, "words codes"] | None:
+    """The codes of every word, as `_words` has them: what a byte holds, or of codes of 3 bits what 12 bits do. None of codes of other
+    lengths."""
+    if coding == "ternary":
+        return _DIGITS.long()
+    bits = _bits(coding)
+    if bits == 3:
+        low, high = torch.arange(4096).view(-1, 2).unbind(1)
+        three = [low & 255, low >> 8 | (high & 15) << 4, high >> 4]
+        packed = torch.stack(three, dim=1).to(torch.uint8).flatten()
+    elif 8 % bits:
+        return None
+    else:
+        packed = torch.arange(256, dtype=torch.uint8)
+    codes = unpack(packed, coding, 8 * len(packed) // bits)
+    return codes.view(-1, 4 if bits == 3 else 8 // bits).long()
+
+
+def _words(packed: UInt8[Tensor, " bytes"], coding: Coding) -> Int[Tensor, " words"]:
+    """The bytes in words of whole codes."""
+    if coding == "ternary" or _bits(coding) != 3:
+        return packed.int()
+    three = torch.nn.functional.pad(packed, (0, -len(packed) % 3)).view(-1, 3).int().unbind(1)
+    return torch.stack([three[0] | (three[1] & 15) << 8, three[1] >> 4 | three[2] << 4], dim=1).flatten()
 
 
 def _bits(coding: Coding) -> int:

@@ -62,6 +62,24 @@ def test_ternary_digits_stand_where_the_docstring_says():
     assert [packed[i // 5] // 3 ** (i % 5) % 3 for i in range(21)] == codes.tolist()
 
 
+@pytest.mark.parametrize("coding", [*CODINGS, *CODEBOOKS.values()])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 61, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_values_are_looked_up_as_codes_are_unpacked(coding, count, dtype):
+    number = 3 if coding == "ternary" else 2 ** int(VALUE_BITS[coding])
+    codes = torch.randint(0, number, (count,), dtype=torch.uint8)
+    values = randn(number).to(dtype)
+    packed = pack(codes, coding)
+    assert torch.equal(unpack(packed, coding, count), codes)
+    assert torch.equal(low_bit.look_up(packed, coding, count, values), values[codes.long()])
+    learned = values.clone().requires_grad_()
+    found = low_bit.look_up(packed, coding, count, learned)
+    assert torch.equal(found, values[codes.long()])
+    found.sum().backward()
+    if dtype != torch.bfloat16:  # which counts to 256
+        assert torch.equal(learned.grad, torch.bincount(codes.long(), minlength=number).to(dtype))
+
+
 @pytest.mark.parametrize("count", [10**9, 10**16 + 5])
 def test_many_values_are_counted_exactly(count):
     assert packed_bytes(5 * count, 1.6) == count
