@@ -82,11 +82,17 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
         )
     ours, theirs = (compared.difference(one, DENSE) for one in ((STF, RATIO), LOW_RANK))
     frozen = compared.difference((STF, RATIO), CONVENTIONAL)
+    plain = compared.difference(*((f"{method}, plain start", RATIO) for method in (STF, "conventional")))
     if ours and theirs and frozen:
         yield (
             f"Trained, at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks: {plus_minus(ours.value, ours.half, signed=True)} against "
             f"dense, low rank {plus_minus(theirs.value, theirs.half, signed=True)}. Learning the supports (STF) adds "
-            f"{plus_minus(frozen.value, frozen.half, signed=True)} to factors whose supports were chosen on calibration text and frozen."
+            f"{plus_minus(frozen.value, frozen.half, signed=True)} to factors whose supports were chosen on calibration text and frozen"
+            + (
+                f", and {plus_minus(plain.value, plain.half, signed=True)} where they were chosen without, as in the paper."
+                if plain
+                else "."
+            )
         )
 
 
