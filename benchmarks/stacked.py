@@ -20,8 +20,9 @@ ROWS = 26  # of the whole study: two dense models, and every base alone and with
 READING = f"""\
 Each base technique alone, and with DSFormer at a ratio of its own on top, both with the same number of training steps where the base
 is trained. *Extra* is how many times more compression the stack with DSFormer has than the stack without it, less one; *ceiling* is
-what the extra of the whole file would be if the layers took no byte at all, since no pass here touches the embeddings. Bold lines are
-within {TOLERANCE:g} point of the stack without DSFormer. Rounded values take no gradient, so int8 comes last: DSFormer is put under it."""
+what the extra of the whole file would be if the layers took no byte at all, since no pass here touches the embeddings. Scores are
+differences to the dense model that each row came of, which another processor trains into another. Bold lines are within {TOLERANCE:g}
+point of the stack without DSFormer. Rounded values take no gradient, so int8 comes last: DSFormer is put under it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def _table(found: Sequence[Stack]) -> str:
     titles = [
         "task, base",
         "DSFormer at",
-        "score without",
+        "vs dense, without",
         "with",
         "encoder, extra",
         "file, extra",
@@ -116,8 +117,10 @@ def _table(found: Sequence[Stack]) -> str:
         line = [
             stack.place,
             f"{stack.stacked['labels']['ratio']:g}x",
-            plus_minus(stack.alone["score"], stack.alone["noise"]),
-            plus_minus(stack.stacked["score"], stack.stacked["noise"]),
+            *(
+                plus_minus(row["difference"], row["difference_noise"], signed=True)
+                for row in (stack.alone, stack.stacked)
+            ),
             f"{stack.layers:+.0%}",
             f"{stack.file:+.0%}",
             f"{stack.ceiling:+.0%}",

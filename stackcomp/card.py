@@ -31,7 +31,7 @@ def write(
 ) -> None:
     """Write the card of the checkpoint in `folder`, or leave the one that a person made of it."""
     path = folder / NAME
-    if not path.is_file() or OURS in path.read_text("utf8"):
+    if not path.is_file() or OURS.encode() in path.read_bytes():
         config = json.loads((folder / "config.json").read_text("utf8"))
         write_atomic(path, _card(config, source.config._name_or_path, pipeline, ledger, task))
 

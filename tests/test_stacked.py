@@ -20,6 +20,7 @@ def row(method, ratio, score, layers, *, task="stsb"):
         "labels": {"task": task, "method": method, "ratio": ratio},
         "score": score,
         "difference": score - 88.0,
+        "difference_noise": 0.5,
         "noise": 0.5,
         "layer_bytes": layers,
         "size_bytes": layers + 50,

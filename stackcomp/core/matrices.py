@@ -191,7 +191,9 @@ class MatrixSpec:
                 f"dynamic=True does not fit coding={self.coding!r}: inputs are rounded for int8 values only"
             )
         if self.outliers is not None and not self.dynamic:
-            raise SettingError(f"outliers={self.outliers!r} does not fit dynamic=False: no input is rounded")
+            raise SettingError(
+                f"outliers={self.outliers!r} does not fit dynamic=False: give dynamic=True, or leave it out"
+            )
         if isinstance(self.layout, Fixed) and self.cols % self.layout.block:
             raise SettingError(
                 f"block={self.layout.block} does not divide the {self.cols} columns: give a divisor"

@@ -116,3 +116,11 @@ def test_more_nonzeros_than_atoms_is_refused(block, nonzeros):
 def test_a_block_that_does_not_divide_is_refused():
     with pytest.raises(SettingError, match="block=5 does not divide the 12 columns"):
         MatrixSpec(rows=2, cols=12, layout=Fixed(block=5, nonzeros=2))
+
+
+def test_outliers_are_of_rounded_inputs_and_survive_json():
+    with pytest.raises(SettingError, match=r"outliers=6\.0 does not fit dynamic=False"):
+        MatrixSpec(rows=2, cols=3, coding="int8", outliers=6.0)
+    matrix = MatrixSpec(rows=2, cols=3, coding="int8", dynamic=True, outliers=6.0)
+    assert MatrixSpec.from_json(json.loads(json.dumps(matrix.to_json()))) == matrix
+    assert "outliers" not in MatrixSpec(rows=2, cols=3, coding="int8", dynamic=True).to_json()
