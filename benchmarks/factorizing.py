@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from benchmarks import command
 from stackcomp.studies.rows import Row, Rows, stamp
@@ -19,26 +19,22 @@ from stackcomp.studies.rows import Row, Rows, stamp
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+class Shape(TypedDict):
+    """Of a dense-sparse weight."""
+
+    blocks: int
+    atoms: int
+    nonzeros: int
+
+
 SWEEPS = 6  # the default of the pass
-PAPER = {"blocks": 12, "atoms": 32, "nonzeros": 8}
+PAPER = Shape(blocks=12, atoms=32, nonzeros=8)
 AUTO = {"square": (4, 0.57), "tall": (1, 0.52)}  # blocks, and atoms over the columns of a block
 RATIO = 2.8
-ONE_BLOCK = {"blocks": 1, "atoms": 192, "nonzeros": 24}
+ONE_BLOCK = Shape(blocks=1, atoms=192, nonzeros=24)
 PASSES = (1, 5)  # of scikit-learn over the rows of a block
-MORE_SWEEPS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    12,
-    16,
-    24,
-)  # of ours, until the error is no larger than scikit-learn's
+MORE_SWEEPS = (*range(1, 9), 10, 12, 16, 24)  # of ours, until the error is no larger than scikit-learn's
 TIMED = 2  # blocks of a matrix that scikit-learn factorizes; the others take as long
 WIDTH = 64  # columns of a block where the weight grows
 MEASURE = "import sys; from benchmarks.factorizing import needed; needed(*sys.argv[1:])"
@@ -75,7 +71,7 @@ def whole_model(parts: "Mapping[str, Sequence[Tensor]]", layers: int = 12) -> "I
         yield joined(parts["wide"], layer)
 
 
-def automatic(rows: int, columns: int) -> dict[str, int]:
+def automatic(rows: int, columns: int) -> Shape:
     """The shape that the pass would take for all layers at RATIO."""
     from stackcomp import ops
 
@@ -83,7 +79,7 @@ def automatic(rows: int, columns: int) -> dict[str, int]:
     blocks, share = AUTO["square" if rows == columns else "tall"]
     size = 4 * rows * columns / RATIO
     ((atoms, nonzeros),) = ops.shapes_of_size(long, wide, size_bytes=size, shares=(share,), blocks=blocks)
-    return {"blocks": blocks, "atoms": atoms, "nonzeros": nonzeros}
+    return Shape(blocks=blocks, atoms=atoms, nonzeros=nonzeros)
 
 
 def clocked(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -97,7 +93,7 @@ def clocked(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return made, taken
 
 
-def factorized(weight: "Tensor", shape: Mapping[str, int], sweeps: int, seed: int) -> "Tensor":
+def factorized(weight: "Tensor", shape: Shape, sweeps: int, seed: int) -> "Tensor":
     """Our approximation of a weight."""
     from stackcomp import ops
 
@@ -105,7 +101,7 @@ def factorized(weight: "Tensor", shape: Mapping[str, int], sweeps: int, seed: in
     return ops.dense_sparse(weight, **shape, transposed=rows < columns, sweeps=sweeps, seed=seed).product()
 
 
-def learned(block: "Tensor", shape: Mapping[str, int], passes: int, seed: int) -> "Tensor":
+def learned(block: "Tensor", shape: Shape, passes: int, seed: int) -> "Tensor":
     """scikit-learn's approximation of one block: a dictionary learned online, then orthogonal matching pursuit."""
     import warnings
 
@@ -133,7 +129,7 @@ def relative(made: "Tensor", weight: "Tensor") -> float:
     return float((weight - made).square().sum() / weight.square().sum())
 
 
-def beside(weight: "Tensor", shape: Mapping[str, int], passes: int, seed: int) -> dict[str, Any]:
+def beside(weight: "Tensor", shape: Shape, passes: int, seed: int) -> dict[str, Any]:
     """scikit-learn on some blocks, then our whole matrix, at as many sweeps as reach its error on these blocks."""
     width = weight.shape[1] // shape["blocks"]
     blocks = weight[:, : TIMED * width].split(width, dim=1)
@@ -160,7 +156,7 @@ def beside(weight: "Tensor", shape: Mapping[str, int], passes: int, seed: int) -
     }
 
 
-def whole(weights: "Iterator[Tensor]", shape: Mapping[str, int] | None, seed: int) -> dict[str, Any]:
+def whole(weights: "Iterator[Tensor]", shape: Shape | None, seed: int) -> dict[str, Any]:
     """The time of all weights one after the other; without a shape, each in its automatic one."""
     total, count, parameters = {"seconds": 0.0, "processor_seconds": 0.0}, 0, 0
     for weight in weights:
@@ -171,17 +167,17 @@ def whole(weights: "Iterator[Tensor]", shape: Mapping[str, int] | None, seed: in
     return {"weights": count, "parameters": parameters, **total}
 
 
-def growth(weight: "Tensor", width: int, shape: Mapping[str, int], seed: int) -> dict[str, Any]:
+def growth(weight: "Tensor", width: int, shape: Shape, seed: int) -> dict[str, Any]:
     """The time of ever more columns of a weight, in blocks of the same width and atoms; each the least of three."""
     from stackcomp import ops
 
     points = []
     for divisor in (8, 4, 2, 1):
         part = weight[:, : weight.shape[1] // divisor].contiguous()
-        blocks = part.shape[1] // width
+        inside = Shape(**{**shape, "blocks": part.shape[1] // width})
 
-        def work(part: "Tensor" = part, blocks: int = blocks) -> object:
-            return ops.dense_sparse(part, **{**shape, "blocks": blocks}, sweeps=SWEEPS, seed=seed)
+        def work(part: "Tensor" = part, inside: Shape = inside) -> object:
+            return ops.dense_sparse(part, **inside, sweeps=SWEEPS, seed=seed)
 
         least = min(clocked(work)[1]["processor_seconds"] for _ in range(3))
         points.append(
@@ -195,7 +191,7 @@ def growth(weight: "Tensor", width: int, shape: Mapping[str, int], seed: int) ->
     return {"points": points}
 
 
-def memory(rows: int, columns: int, shape: Mapping[str, int], seed: int) -> dict[str, Any]:
+def memory(rows: int, columns: int, shape: Shape, seed: int) -> dict[str, Any]:
     """The most memory that a new process took beyond what it held with the weight in it, over the weight's bytes."""
     arguments = json.dumps({"rows": rows, "columns": columns, "shape": dict(shape), "seed": seed})
     done = subprocess.run(
@@ -249,8 +245,11 @@ def run(
     )
     studies[f"all weights, {_spoken(PAPER)}"] = lambda: whole(whole_model(parts, layers), PAPER, seed)
     studies["growth"] = lambda: growth(wide, WIDTH, PAPER, seed)
-    for name, shape in (("paper", PAPER), ("automatic", automatic(*tall.shape))):
-        studies[f"memory, {name}, {_size(tall)}"] = lambda shape=shape: memory(*tall.shape, shape, seed)
+    rows_of_tall, columns_of_tall = tall.shape
+    for name, shape in (("paper", PAPER), ("automatic", automatic(rows_of_tall, columns_of_tall))):
+        studies[f"memory, {name}, {_size(tall)}"] = lambda shape=shape: memory(
+            rows_of_tall, columns_of_tall, shape, seed
+        )
     studies[f"all weights, automatic at {RATIO:g}x"] = lambda: whole(whole_model(parts, layers), None, seed)
     for key, study in studies.items():
         if not again and rows.has(key, seed=seed):
@@ -265,7 +264,7 @@ def _size(weight: "Tensor") -> str:
     return f"{weight.shape[0]}x{weight.shape[1]}"
 
 
-def _spoken(shape: Mapping[str, int]) -> str:
+def _spoken(shape: Shape) -> str:
     return f"{shape['nonzeros']} of {shape['atoms']} atoms in {shape['blocks']} block{'s' * (shape['blocks'] > 1)}"
 
 

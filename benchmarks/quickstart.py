@@ -31,8 +31,8 @@ def pipelines(passes: Sequence[Pass], source: Path) -> list[tuple[Role, sc.Pipel
     orders = [order for order in itertools.permutations(passes) if contract.legal(order, plan)]
     declared = tuple(passes)
     found: list[tuple[Role, tuple[Pass, ...]]] = [("declared", declared)]
-    found += [("other order", order) for order in orders if order != declared]
-    found += [("alone", (item,)) for item in declared]
+    found.extend(("other order", order) for order in orders if order != declared)
+    found.extend(("alone", (item,)) for item in declared)
     places = {item: index for index, item in enumerate(declared)}
     found.sort(key=lambda entry: [places[item] for item in entry[1]])
     found.append(("yardstick", (sc.LowBitWeights(bits=4, only=declared[-1].only),)))

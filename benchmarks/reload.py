@@ -24,6 +24,7 @@ from stackcomp.studies.rows import Rows, stamp
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from stackcomp.core.context import Context
     from stackcomp.core.plan import Plan, PlannedWeight
@@ -54,7 +55,7 @@ class Recorded(Pass):
     def examine(self, weights: "Sequence[PlannedWeight]") -> None:
         self.inner.examine(weights)
 
-    def apply(self, model: "torch.nn.Module", context: "Context") -> Findings:
+    def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         import torch
 
         findings = self.inner.apply(model, context)

@@ -17,7 +17,7 @@ TASK = sc.tasks.stsb()
 SAMPLES = 1024
 
 
-def pipelines() -> Iterator[tuple[str, sc.Pass]]:
+def pipelines() -> Iterator[tuple[str, sc.Pass | sc.Pipeline]]:
     """Each pass by what its line is called."""
     layers = {"only": LAYERS}
     text = {**layers, "samples": SAMPLES}
