@@ -10,6 +10,7 @@ methods, is shared. Methods that are published without a budget share a simpler 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import data, nn, ops
@@ -54,7 +55,7 @@ class Layer:
         """Bytes of the dense weight."""
         return int(self.weight.numel() * self.value_bytes)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What errors are divided by to compare layers: 1 where the metric reaches to the model's output,
         else the layer's own energy."""
