@@ -29,16 +29,16 @@ class QuantizationAware(LearnedForm):
 
     bits: of a value, 8, 4, 3, 2, 1.6 (ternary) or 1 (binary); group: how many consecutive stored values of a row share a 16-bit
     scale, 32 where nothing is said; 8 bits have a scale a row, and no group. every: steps between fits of the scales to values that
-    have moved.
+    have moved; ternary scales are found anew at every step, whatever it says: at every eighth they undo what was learned.
 
     only, skip: the weights that are rounded; everything but `frozen` is trained. distill: follow the model as it came, with this
     temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task. The other settings are
     those of every training pass (see TrainSettings):
     epochs, steps, learning_rate, batch_size, warmup, schedule, weight_decay, gradient_clip, bf16, dropout, limit, save_every.
 
-    Where we differ from the papers: scales follow the values by least squares, where LSQ gives them gradients and TernaryBERT finds
-    them anew at every step; the gradient reaches clipped values too; activations are not rounded; and binary weights start from the
-    model as it is, where BinaryBERT splits those of a ternary one of half the width.
+    Where we differ from the papers: scales follow the values by least squares, where LSQ gives them gradients; the gradient
+    reaches clipped values too; activations are not rounded; and binary weights start from the model as it is, where BinaryBERT
+    splits those of a ternary one of half the width.
     """
 
     bits: float = 4
@@ -75,10 +75,11 @@ class QuantizationAware(LearnedForm):
         if self.epochs == 0:
             return {}
         coding, group = rounding(self.bits, self.group)
+        every = 1 if coding == "ternary" else self.every
         with training.rounded(model, context.targets, coding=coding, group=group) as matrices:
 
             def refit(step: int) -> None:
-                if step and step % self.every == 0:
+                if step and step % every == 0:
                     for matrix in matrices:
                         matrix.refit()
 

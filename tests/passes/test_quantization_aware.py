@@ -200,7 +200,11 @@ def test_training_makes_up_for_rounding(bits, tokenizer, tmp_path):
     batch, wanted = toys.batch(tokenizer), toys.bert_classifier()
     found = {}
     for step in (
-        sc.QuantizationAware(bits=bits, group=8, **(QUICK | {"steps": 80, "epochs": 20, "batch_size": 8})),
+        sc.QuantizationAware(
+            bits=bits,
+            group=8,
+            **(QUICK | {"steps": 120, "epochs": 30, "batch_size": 8, "learning_rate": 3e-3}),
+        ),
         plain_rounding(bits, 8, BLOCKS),
     ):
         model = toys.bert_classifier()
@@ -208,6 +212,28 @@ def test_training_makes_up_for_rounding(bits, tokenizer, tmp_path):
         with torch.no_grad():
             found[step.slug] = float((model(**batch).logits - wanted(**batch).logits).square().mean())
     assert found["quantization-aware"] < 0.3 * found["low-bit-weights"]
+
+
+@pytest.mark.parametrize(("bits", "at"), [(1.6, [1, 2, 3, 4, 5, 6, 7]), (1, [3, 6]), (8, [3, 6])])
+def test_ternary_scales_are_found_at_every_step_and_others_where_it_is_asked(
+    bits, at, tokenizer, tmp_path, monkeypatch
+):
+    steps, fitted = [], []
+    before, refit = sc.QuantizationAware._train, nn.RoundedMatrix.refit
+
+    def noting(self, model, context, loss, on_step):
+        def each(step):
+            steps.append(step)
+            on_step(step)
+
+        return before(self, model, context, loss, each)
+
+    monkeypatch.setattr(sc.QuantizationAware, "_train", noting)
+    monkeypatch.setattr(nn.RoundedMatrix, "refit", lambda matrix: (fitted.append(steps[-1]), refit(matrix)))
+    step = sc.QuantizationAware(bits=bits, **(QUICK | {"steps": 8, "every": 3, "only": LAYER}))
+    apply_to(toys.bert_classifier(), step, tokenizer, tmp_path)
+    assert steps == list(range(8))
+    assert fitted == at
 
 
 def test_a_model_of_16_bits_learns_as_many_codes_as_one_of_32(tokenizer, tmp_path):
