@@ -9,8 +9,9 @@ an integer `StoredMatrix` gives, bit for bit below 8 bits and to float error at 
 Scales start as the stored form finds them. After the values have moved, `refit` takes the least-squares ones for the codes as they are,
 or at 8 bits those of the largest values. A new search would find a little less error, but turns the grids of many groups around: after a
 drift of a twentieth of the spread of the values it changes v' at 2 bits by ten times as much as a refit does, after a fifth of it by
-nearly the error of rounding itself (0.07 and 0.10 of their variance). Ternary scales are found anew: theirs is no search, and where all
-values of a group have come to round to zero, codes as they are say nothing of it.
+nearly the error of rounding itself (0.07 and 0.10 of their variance). Ternary scales are found anew all the same: where all
+values of a group have come to round to zero, codes as they are say nothing of it. How many values a group keeps may jump then, so
+`QuantizationAware` does it at every step: the jumps of eight steps at once undo what was learned.
 """
 
 from typing import Any

@@ -29,7 +29,7 @@ class QuantizationAware(LearnedForm):
 
     bits: of a value, 8, 4, 3, 2, 1.6 (ternary) or 1 (binary); group: how many consecutive stored values of a row share a 16-bit
     scale, 32 where nothing is said; 8 bits have a scale a row, and no group. every: steps between fits of the scales to values that
-    have moved; ternary scales are found anew at every step, whatever it says: at every eighth they undo what was learned.
+    have moved; ternary scales, which are found anew, are so at every step, as in TernaryBERT, whatever it says.
 
     only, skip: the weights that are rounded; everything but `frozen` is trained. distill: follow the model as it came, with this
     temperature and weight of the hidden states, as Distill does; without it, learn the labels of the task. The other settings are
