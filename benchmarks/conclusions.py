@@ -46,23 +46,19 @@ def _rounding(results: Results) -> Iterator[str]:
 
 
 def _stacks(results: Results) -> Iterator[str]:
-    rows = [row for row in results[smallest.NAME] if row["labels"].get("rung") == "chosen"]
-    if not rows:
+    found = smallest.stacks(results[smallest.NAME])
+    if not found:
         return
-    best, target = rows[-1], smallest.search().loss
-    (*_, searched) = [
-        row
-        for row in results[smallest.NAME]
-        if row["declaration"] == best["declaration"] and isinstance(row["labels"].get("rung"), int)
+    yield "**Stacks go on where rounding ends.** Whole files on SST-2, points on the sentences that they were scored on once:"
+    lines = [
+        f"{one.name}: {_loses(one.chosen)} "
+        f"({plus_minus(one.searched['difference'], one.searched['difference_noise'], signed=True)} where it was selected)"
+        for one in found
     ]
-    reached = "reached" if -searched["difference"] <= target else "**missed**"
-    yield (
-        f"**Stacks go on where rounding ends.** Fewer word pieces, fewer layers, 3-bit tables, layers trained in 2 bits and a coded file: "
-        f"{best['compression']:.0f}x smaller on SST-2 ({best['size_bytes'] / 1e6:.1f} MB). At most {target:g} point was to be lost; on the "
-        f"{searched['examples']} examples that it was selected on it loses {-searched['difference']:.2f} ± "
-        f"{searched['difference_noise']:.2f} ({reached}), on the {best['examples']} that it was scored on once "
-        f"{plus_minus(best['difference'], best['difference_noise'], signed=True)}."
-    )
+    alone = results[smallest.SINGLE]
+    if best := smallest.single(alone):
+        lines.append(f"{smallest.best_single(alone)}, {best['labels']['technique']}: {_loses(best)}")
+    yield f"{'; '.join(lines)}."
 
 
 def _factors(results: Results, compared: Comparison) -> Iterator[str]:
@@ -97,14 +93,22 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
 
 
 def _speed(results: Results) -> Iterator[str]:
-    ratios = {row["key"]: row["ratios"] for row in results["speed"]}
-    if SMALLER not in ratios:
+    timings = {row["key"]: row["timings"] for row in results["speed"]}
+    if SMALLER not in timings:
         return
-    yield (
-        f"**Small is not fast.** Beside the dense model in fp32, on one processor: 4 bits as stored {ratios['4 bits'][AS_STORED]:.2f}x the "
-        f"time, decoded once {ratios['4 bits'][UNPACKED]:.2f}x; dense-sparse at 2.8x {ratios['dense-sparse, 2.8x'][AS_STORED]:.2f}x; low "
-        f"rank at 2.8x {ratios['low rank, 2.8x'][AS_STORED]:.2f}x; half of the layers {ratios[SMALLER][UNPACKED]:.2f}x."
-    )
+    for place, timing in enumerate(timings[SMALLER]):
+        ratios = {key: found[place]["ratios"] for key, found in timings.items()}
+        texts = f"{timing['batch']} x {timing['length']} tokens"
+        start = (
+            "**Small is not fast.** Beside the dense model in fp32, on one processor"
+            if not place
+            else "The same"
+        )
+        yield (
+            f"{start}, {texts}: 4 bits as stored {ratios['4 bits'][AS_STORED]:.2f}x the time, decoded once "
+            f"{ratios['4 bits'][UNPACKED]:.2f}x; dense-sparse at 2.8x {ratios['dense-sparse, 2.8x'][AS_STORED]:.2f}x; low rank at 2.8x "
+            f"{ratios['low rank, 2.8x'][AS_STORED]:.2f}x; half of the layers {ratios[SMALLER][UNPACKED]:.2f}x."
+        )
 
 
 def _decoder(results: Results) -> Iterator[str]:

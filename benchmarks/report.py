@@ -48,6 +48,7 @@ class Report:
         """Markdown of every generated block, by name."""
         names = ("catalogue", combined.NAME, smallest.NAME, "stsb", "speed", "decoder")
         finished = {name: [row for row in self.rows(name) if "error" not in row] for name in names}
+        alone = finished[smallest.SINGLE] = smallest.singles(self.rows(smallest.SINGLE))
         found = {
             "conclusions": conclusions.headline(finished, self.dsformer()),
             "stsb": tables.stsb(self.rows("stsb")),
@@ -60,7 +61,7 @@ class Report:
             "low-bit": low_bit.headline(self.low_bit()),
             "stacked": stacked.headline(self.rows("stacked")),
             "combined": combined.headline(self.rows(combined.NAME)),
-            "smallest": smallest.headline(self.rows(smallest.NAME)),
+            "smallest": smallest.headline(self.rows(smallest.NAME), alone),
             "factorizing": tables.factorizing(self.rows("factorizing")),
             "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),

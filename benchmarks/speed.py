@@ -1,8 +1,9 @@
 """How fast models compute in the form in which they are stored, and unpacked: milliseconds of a batch beside the dense model in float32.
 
 Forms: "stored", as `stackcomp.load` gives it; "unpacked", decoded once (`stackcomp.unpack`); "factors", the same with products left as
-they are where they are cheaper. Each in float32 and cast to bfloat16. Dense model and form take turns in one process; all-MiniLM-L6-v2,
-8 x 128 random tokens, one thread. How well a model does is not looked at here: passes run without calibration.
+they are where they are cheaper. Each in float32 and cast to bfloat16, on a batch of 8 x 128 random tokens and on one text of 16. Dense
+model and form take turns in one process; all-MiniLM-L6-v2, one thread. How well a model does is not looked at here: passes run without
+calibration.
 """
 
 import copy
@@ -16,7 +17,8 @@ from benchmarks import command
 from stackcomp.studies.rows import Rows, stamp
 
 LAYERS = "encoder.layer.*"
-BATCH, LENGTH, REPEATS = 8, 128, 7
+BATCHES = ((8, 128), (1, 16))  # texts, and tokens of each
+REPEATS = 15
 FORMS = ("stored", "unpacked", "factors")
 DTYPES = ("float32", "bfloat16")
 
@@ -44,18 +46,18 @@ def run(model: Path | str, rows: Rows, *, out: Path, seed: int = 0, again: bool 
 
     dense = AutoModel.from_pretrained(model).eval()
     for name, pipeline in pipelines():
-        if not again and rows.has(name, declaration=repr(pipeline), seed=seed):
+        if not again and rows.has(name, declaration=repr(pipeline), seed=seed, **_asked()):
             command.say(f"there already: {name}")
             continue
         found = timed(pipeline, dense, out / "run", seed)
         rows.add({"key": name, **found, **stamp(pipeline, seed)})
-        command.say(
-            f"{name}: " + ", ".join(f"{form} {ratio:.2f}x" for form, ratio in found["ratios"].items())
-        )
+        for took in found["timings"]:
+            forms = ", ".join(f"{form} {ratio:.2f}x" for form, ratio in took["ratios"].items())
+            command.say(f"{name}, {took['batch']} x {took['length']}: {forms}")
 
 
 def timed(pipeline: sc.Pipeline, dense: Any, out: Path, seed: int) -> dict[str, Any]:
-    """The ratio of every form to the dense model, by form and dtype, and the bytes of the file."""
+    """The ratio of every form to the dense model, by form and dtype, for every batch, and the bytes of the file."""
     import shutil
 
     import torch
@@ -63,32 +65,34 @@ def timed(pipeline: sc.Pipeline, dense: Any, out: Path, seed: int) -> dict[str, 
     from stackcomp import metrics, nn
     from stackcomp.manager import Measuring
 
-    inputs = metrics.latency_inputs(dense, batch=BATCH, length=LENGTH, seed=seed)
     model, size = dense, sum(part.numel() * part.element_size() for part in dense.state_dict().values())
     if len(pipeline):
         shutil.rmtree(out, ignore_errors=True)
         manager = sc.PassManager(out=out, seed=seed, measuring=Measuring(latency=False))
         result = manager.run(copy.deepcopy(dense), pipeline)
         model, size = result.model, result.ledger.rows[-1].size_bytes
-    ratios: dict[str, float] = {}
-    found: dict[str, Any] = {}
+    timings: list[dict[str, Any]] = [
+        {"batch": batch, "length": length, "ratios": {}} for batch, length in BATCHES
+    ]
     for form in FORMS if len(pipeline) else FORMS[:1]:
         made = copy.deepcopy(model)
         if form != "stored":
             nn.unpack(made, factors=form == "factors")
         for dtype in DTYPES:
             made.to(getattr(torch, dtype))
-            took = metrics.latency(made, dense, inputs, repeats=REPEATS)
-            ratios[f"{form}, {dtype}"] = took.ratio
-            found.setdefault("dense_ms", took.baseline_ms)
-    return {
-        "ratios": ratios,
-        **found,
-        "size_bytes": size,
-        "batch": BATCH,
-        "length": LENGTH,
-        "repeats": REPEATS,
-    }
+            for timing in timings:
+                inputs = metrics.latency_inputs(
+                    dense, batch=timing["batch"], length=timing["length"], seed=seed
+                )
+                took = metrics.latency(made, dense, inputs, repeats=REPEATS)
+                timing["ratios"][f"{form}, {dtype}"] = took.ratio
+                timing.setdefault("dense_ms", took.baseline_ms)
+    return {"timings": timings, "size_bytes": size, **_asked()}
+
+
+def _asked() -> dict[str, Any]:
+    """What is timed of every pipeline."""
+    return {"batches": [list(batch) for batch in BATCHES], "repeats": REPEATS}
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 Each function takes the rows of one study and returns Markdown, or says how to run the study when there are none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,7 @@ def command(name: str) -> str:
         "options": "pipelines/dsformer/options.py",
         "decoder": "pipelines/dsformer/decoder.py",
         "catalogue": "pipelines/studies/catalogue.py",
+        "decoder_catalogue": "pipelines/studies/decoder_catalogue.py",
         "encoder_stack_sts": "pipelines/studies/encoder_stack_sts.py",
         "encoder_stack": "pipelines/studies/encoder_stack.py",
     }
@@ -42,8 +43,11 @@ def made_by(name: str, rows: Sequence[Row]) -> str:
     last = rows[-1]
     machine, versions = last["machine"], last["versions"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    dates = sorted({row["date"] for row in rows})
+    when = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
+    processors = " and ".join(sorted({row["machine"]["processor"] for row in rows}))
     return (
-        f"Made by `{command(name)}` on {last['date']}: {machine['processor']}, {threads}, "
+        f"Made by `{command(name)}` {when}: {processors}, {threads}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}, seed {last['seed']}."
     )
 
@@ -59,43 +63,49 @@ def plus_minus(value: float | None, noise: float | None, *, signed: bool = False
 
 
 def speed(rows: Sequence[Row]) -> str:
-    """Every form of every model beside the dense one in float32."""
+    """Every form of every model beside the dense one in float32: a table for each batch."""
     if not rows:
         return not_run("speed")
-    forms = list(dict.fromkeys(form for row in rows for form in row["ratios"]))
-    cells = [
-        [
-            row["key"],
-            f"{row['size_bytes'] / 1e6:.1f} MB",
-            *(f"{row['ratios'][form]:.2f}x" if form in row["ratios"] else "-" for form in forms),
-        ]
-        for row in rows
-    ]
-    last = rows[-1]
-    titles = [
-        "model",
-        "file",
-        *(form.replace("float32", "fp32").replace("bfloat16", "bf16") for form in forms),
-    ]
+    batches = [part for place in range(len(rows[0]["timings"])) for part in _batch(rows, place)]
     return "\n\n".join(
         [
-            table(titles, cells),
-            f"Time of a batch of {last['batch']} x {last['length']} tokens over that of the dense model in fp32, in turn in one process; "
-            "below 1.00x is faster. What a bf16 model has to beat is the dense one in bf16.",
+            *batches,
+            "Time of a batch over that of the dense model in fp32, in turn in one process; below 1.00x is faster. What a bf16 model has to "
+            "beat is the dense one in bf16.",
             made_by("speed", rows),
         ]
     )
 
 
+def _batch(rows: Sequence[Row], place: int) -> Iterator[str]:
+    timings = [row["timings"][place] for row in rows]
+    forms = list(dict.fromkeys(form for timing in timings for form in timing["ratios"]))
+    cells = [
+        [
+            row["key"],
+            f"{row['size_bytes'] / 1e6:.1f} MB",
+            *(f"{timing['ratios'][form]:.2f}x" if form in timing["ratios"] else "-" for form in forms),
+        ]
+        for row, timing in zip(rows, timings, strict=True)
+    ]
+    batch, length, milliseconds = (timings[0][name] for name in ("batch", "length", "dense_ms"))
+    texts = "1 text" if batch == 1 else f"{batch} texts"
+    yield f"{texts} of {length} tokens ({milliseconds:.1f} ms dense):"
+    titles = (form.replace("float32", "fp32").replace("bfloat16", "bf16") for form in forms)
+    yield table(["model", "file", *titles], cells)
+
+
 # every pass alone
 
 
-def catalogue(rows: Sequence[Row], planned: Sequence[str]) -> str:
-    """One line a pipeline that has finished, in the order of their keys `planned`: score, bytes, latency and what it took."""
+def catalogue(name: str, rows: Sequence[Row], planned: Sequence[str] | None = None) -> str:
+    """One line a pipeline of the study `name` that has finished, in the order of their keys `planned` if it is known: score, bytes, latency
+    and what it took."""
     found = {row["key"]: row for row in rows if "error" not in row}
+    planned = list(found) if planned is None else planned
     rows = [found[key] for key in planned if key in found]
     if not rows:
-        return not_run("catalogue")
+        return not_run(name)
     cells = [
         [
             row["key"],
@@ -108,9 +118,9 @@ def catalogue(rows: Sequence[Row], planned: Sequence[str]) -> str:
         ]
         for row in rows
     ]
-    titles = ["pass", "Spearman", "vs as it came", "file", "compression", "latency", "seconds"]
+    titles = ["pass", rows[0]["metric"], "vs as it came", "file", "compression", "latency", "seconds"]
     partial = f"**{len(rows)} of {len(planned)} entries are done.** " if len(rows) < len(planned) else ""
-    return f"{table(titles, cells)}\n\n{partial}{made_by('catalogue', rows)}"
+    return f"{table(titles, cells)}\n\n{partial}{made_by(name, rows)}"
 
 
 # the STS benchmark

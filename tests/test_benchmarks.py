@@ -237,10 +237,17 @@ def test_speed_times_every_form_and_tells_the_file(rows, model, tmp_path, monkey
     )
     speed.run(model, rows, out=tmp_path / "out")
     dense, int8 = rows.read()
-    assert set(dense["ratios"]) == {f"stored, {dtype}" for dtype in speed.DTYPES}
-    assert set(int8["ratios"]) == {f"{form}, {dtype}" for form in speed.FORMS for dtype in speed.DTYPES}
+    for place, (batch, length) in enumerate(speed.BATCHES):
+        plain, rounded = (row["timings"][place] for row in (dense, int8))
+        assert (rounded["batch"], rounded["length"]) == (batch, length)
+        assert set(plain["ratios"]) == {f"stored, {dtype}" for dtype in speed.DTYPES}
+        assert set(rounded["ratios"]) == {
+            f"{form}, {dtype}" for form in speed.FORMS for dtype in speed.DTYPES
+        }
     assert int8["size_bytes"] < dense["size_bytes"]
-    assert "| int8 |" in tables.speed(rows.read())
+    text = tables.speed(rows.read())
+    assert text.count("| int8 |") == 2
+    assert text.index("8 texts of 128 tokens (") < text.index("1 text of 16 tokens (")
     made = int8["date"]
     speed.run(model, rows, out=tmp_path / "out")
     assert rows.read()[1]["date"] == made

@@ -2,9 +2,10 @@
 
 from benchmarks import combined, conclusions, smallest
 from benchmarks.comparison import Comparison
+from tests import test_smallest
 from tests.test_dsformer import STUDY, compared
 
-NAMES = ("catalogue", combined.NAME, smallest.NAME, "stsb", "speed", "decoder")
+NAMES = ("catalogue", combined.NAME, smallest.NAME, smallest.SINGLE, "stsb", "speed", "decoder")
 NOTHING = {name: [] for name in NAMES}
 
 
@@ -39,17 +40,16 @@ def test_rounding_stands_beside_the_best_stack_that_keeps_the_score():
     assert "3 bits" not in text
 
 
-def test_a_search_that_missed_its_target_says_so():
-    for loss, verdict in ((1.5, "**missed**"), (0.5, "reached")):
-        rows = [
-            row("3/stack", -loss, labels={"rung": 3}, declaration="Pipeline(A())", examples=5000),
-            row("2/stack", -0.1, labels={"rung": 2}, declaration="Pipeline(A(steps=1))"),
-            row("chosen/stack", 0.3, labels={"rung": "chosen"}, declaration="Pipeline(A())"),
-        ]
-        text = said(**{smallest.NAME: rows})
-        assert f"on the 5000 examples that it was selected on it loses {loss:.2f} ± 0.50 ({verdict})" in text
-        assert "20x smaller on SST-2 (4.0 MB)" in text
-        assert "on the 872 that it was scored on once +0.30 ± 0.50" in text
+def test_stacks_stand_beside_the_best_single_technique(monkeypatch):
+    found = smallest.stack(test_smallest.FOUND, test_smallest.SEARCH)
+    monkeypatch.setattr(smallest, "stacks", lambda rows: [found] if rows else [])
+    alone = [test_smallest.single("good", split, -0.3, 8e6) for split in ("selection", "test")]
+    text = said(**{smallest.NAME: test_smallest.FOUND, smallest.SINGLE: alone})
+    assert (
+        "on once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); best of 1"
+        in text
+    )
+    assert text.endswith("where stacks are selected, good: 10.0x smaller, -0.30 ± 1.00 points.")
 
 
 def test_factors_are_compared_at_equal_bytes_and_trained():
@@ -76,12 +76,16 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
 
 
 def test_speed_and_a_decoder():
-    ratios = {"stored, float32": 1.14, "unpacked, float32": 0.5}
+    timings = [
+        {"batch": 8, "length": 128, "ratios": {"stored, float32": 1.14, "unpacked, float32": 0.5}},
+        {"batch": 1, "length": 16, "ratios": {"stored, float32": 3.3, "unpacked, float32": 0.7}},
+    ]
     keys = ("4 bits", "dense-sparse, 2.8x", "low rank, 2.8x", conclusions.SMALLER)
     decoders = [
         row("dense-sparse/1.5", 30.0, score=70.0),
         row("low rank/1.5", 200.0, score=240.0),
     ]
-    text = said(speed=[{"key": key, "ratios": ratios} for key in keys], decoder=decoders)
-    assert "4 bits as stored 1.14x the time, decoded once 0.50x" in text
+    text = said(speed=[{"key": key, "timings": timings} for key in keys], decoder=decoders)
+    assert "on one processor, 8 x 128 tokens: 4 bits as stored 1.14x the time, decoded once 0.50x" in text
+    assert "The same, 1 x 16 tokens: 4 bits as stored 3.30x the time, decoded once 0.70x" in text
     assert "perplexity 40.0 becomes 70.0 as dense-sparse and 240.0 as low rank" in text

@@ -2,10 +2,11 @@
 
 Pipelines are a strength, or nothing, of each technique, in the order in which these are given, or in any. Optuna's tree-structured Parzen
 estimator (arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first
-rung runs many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. A rung may go
-by the error of the outputs in the place of the score, which tells pipelines apart on examples that are too few for a score; what error
-goes with what loss is not known by then, so those go on that none beats in bytes and error. All of this is
-scored on the selection split; the pipeline that is chosen is scored once on the test split.
+rung runs many of them cheaply, few examples and few training steps, and each further rung a share of the best for longer. What is larger
+than was asked for goes no further, as steps hardly change a size. A rung may go by the error of the outputs in the place of the score,
+which tells pipelines apart on examples that are too few for a score; what error goes with what loss is not known by then, so those go on
+that none beats in bytes and error. All of this is scored on the selection split; the pipeline that is chosen is scored once on the test
+split.
 
 The rows alone say what is done: proposals follow from the seed and the rows before them, so a search that was stopped goes on anywhere.
 """
@@ -193,8 +194,10 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
     best = walk.first_rung()
     for place, rung in enumerate(asked.rungs[1:], 2):
         count = max(1, round(len(best) * asked.keep))
-        tell(f"rung {place}: the best {count} of {len(best)} pipelines")
-        best = walk.rank([choice for choice, _ in walk.finished(best)[:count]], rung, place)
+        finished = walk.finished(best)
+        going = [one for one in finished if asked.fits(one[1])] or finished
+        tell(f"rung {place}: the best {min(count, len(going))} of {len(best)} pipelines")
+        best = walk.rank([choice for choice, _ in going[:count]], rung, place)
     finished = walk.finished(best)
     choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
     (chosen,) = walk.run([asked.final(choice)]).values()

@@ -1,15 +1,18 @@
 """Every ordered pair of passes on a toy transformer: legal ones run, the others are refused before any
 compute."""
 
+import json
+
 import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import checkpoint
-from stackcomp.core.contract import legal
+from stackcomp import checkpoint, nn
+from stackcomp.core.contract import legal, predict
 from stackcomp.core.errors import PipelineRefused
 from stackcomp.manager import plan_of
 from stackcomp.passes import registered
+from stackcomp.run import CHAIN
 from tests import toys
 from tests.passes.test_conformance import manager, quick
 
@@ -50,6 +53,23 @@ def test_pair(first, second, tmp_path, cache):
     assert sum(checkpoint.components(tmp_path / "out").values()) == file_bytes
     predicted = sc.sizes(pipeline, model)[-1]
     assert predicted.size_bytes >= file_bytes if predicted.reasons else predicted.size_bytes == file_bytes
+    if sc.Fact.SPARSE in pipeline.flat()[0].contract.adds:
+        pruned = checkpoint.load(cache / json.loads((tmp_path / "out" / CHAIN).read_text())[1] / "step")
+        came_from = {
+            weight.id: weight.origin for weight in predict(pipeline.flat(), plan_of(model))[-1].weights
+        }
+        assert_zeros_stay(pruned, result.model, came_from)
+
+
+def assert_zeros_stay(pruned, model, came_from):
+    """What was pruned is zero in the weights of another model that came from it, where these have kept their shape."""
+    before, seen = nn.weights(pruned), 0
+    for id_, handle in nn.weights(model).items():
+        zero = before[came_from[id_]].dense() == 0
+        if zero.any() and zero.shape == handle.dense().shape:
+            assert (handle.dense()[zero] == 0).all(), id_
+            seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize(

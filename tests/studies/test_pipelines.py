@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import stackcomp as sc
+from stackcomp.passes import registered
 from tests import toys
 
 PIPELINES = Path(__file__).resolve().parents[2] / "pipelines" / "studies"
+IMPORTED = ("minilm", "sst2_24x")  # by other files there
 
 
 @pytest.fixture
@@ -18,9 +20,11 @@ def study(monkeypatch, tmp_path):
     toys.classifier("bert", num_hidden_layers=6).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("STACKCOMP_MODEL", str(tmp_path / "model"))
     monkeypatch.syspath_prepend(str(PIPELINES))
-    monkeypatch.delitem(sys.modules, "minilm", raising=False)
+    for name in IMPORTED:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield lambda name, kind="study": runpy.run_path(str(PIPELINES / f"{name}.py"))[kind]
-    sys.modules.pop("minilm", None)
+    for name in IMPORTED:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("name", "entries"), [("encoder_stack_sts", 36), ("encoder_stack", 38)])
@@ -44,7 +48,7 @@ def test_every_pipeline_of_the_trained_study_is_distilled_as_long(study):
 
 
 def test_the_search_tries_orders_that_are_legal(study):
-    found = study("smallest_sst2", "search")
+    found = study("sst2_24x", "search")
     strongest = [given[-1] if isinstance(given, list) else given for given in found.passes.values()]
     plan = sc.check(sc.Pipeline(*found.model.passes, *strongest), found.model.model)[-1]
     assert not any(
@@ -54,3 +58,23 @@ def test_the_search_tries_orders_that_are_legal(study):
         for _, part in form
         if weight.kind == "linear" and "layer" in weight.id
     )
+
+
+def test_a_search_with_another_goal_tries_the_same_pipelines(study):
+    one, other = study("sst2_24x", "search"), study("sst2_40x", "search")
+    assert one.size_bytes / other.size_bytes == pytest.approx(40 / 24)
+    assert (one.name, repr(one.passes), one.rungs) == (other.name, repr(other.passes), other.rungs)
+
+
+def test_every_pass_is_in_the_catalogue(study):
+    run = {item.name for entry in study("catalogue").entries for item in entry.passes}
+    own = {name for name, cls in registered().items() if cls.__module__.startswith("stackcomp.")}
+    assert own <= run
+
+
+def test_single_techniques_are_selected_and_scored_on_different_splits(study):
+    tuned, *others = study("sst2_single").entries
+    assert all(one.parent is tuned and len(one.passes) == 1 for one in others)
+    for selection, test in zip(others[::2], others[1::2], strict=True):
+        assert (selection.split, test.split) == ("selection", "test")
+        assert selection.passes == test.passes

@@ -135,6 +135,20 @@ def test_within_a_size_it_is_the_best_score(go, folder):
     assert found.searched["score"] == max(row["score"] for row in rung(rows, 1) if row["size_bytes"] <= bound)
 
 
+def test_what_is_too_large_goes_no_further(go, folder):
+    few = {"prune": PASSES["prune"], "int8": Round()}
+    _, rows = go(asked(folder, passes=few, pipelines=100, rungs=(sc.Rung(),)))
+    first = sorted(row["size_bytes"] for row in rung(rows, 1))
+    bound = first[len(first) // 2]
+    rungs = (sc.Rung(examples=6), sc.Rung())
+    found, rows = go(asked(folder, passes=few, loss=None, size_bytes=bound, rungs=rungs, keep=1.0))
+    assert len(rung(rows, 2)) == sum(size <= bound for size in first) < len(first)
+    assert found.reached
+    found, rows = go(asked(folder, passes=few, loss=None, size_bytes=1, rungs=rungs, keep=1.0))
+    assert len(rung(rows, 2)) == len(first)
+    assert not found.reached
+
+
 def test_what_no_contract_allows_is_not_tried_and_what_fails_costs_too_much(go, folder):
     order = {"int8": Round(), "prune": Prune(sparsity=0.5)}
     _, rows = go(asked(folder, passes=order, pipelines=50, rungs=(sc.Rung(examples=4),)))
