@@ -39,7 +39,8 @@ def not_run(name: str) -> str:
 
 
 def made_by(name: str, rows: Sequence[Row]) -> str:
-    """The command, the machine and the date behind a table."""
+    """The command, the machines and the dates behind a table."""
+    rows = [row for row in rows if "error" not in row]
     last = rows[-1]
     machine, versions = last["machine"], last["versions"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
