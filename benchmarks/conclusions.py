@@ -57,7 +57,7 @@ def _stacks(results: Results) -> Iterator[str]:
     ]
     alone = results[smallest.SINGLE]
     if best := smallest.single(alone):
-        lines.append(f"{smallest.best_single(alone)}, {best['labels']['technique']}: {_loses(best)}")
+        lines.append(f"{smallest.named_single(best, alone)}: {_loses(best)}")
     yield f"{'; '.join(lines)}."
 
 

@@ -39,7 +39,12 @@ def not_run(name: str) -> str:
 
 
 def made_by(name: str, rows: Sequence[Row]) -> str:
-    """The command, the machines and the dates behind a table."""
+    """The command, the machines and the dates behind the table of a study."""
+    return made_with([command(name)], rows)
+
+
+def made_with(commands: Iterable[str], rows: Sequence[Row]) -> str:
+    """The same, of a table whose rows these commands make."""
     rows = [row for row in rows if "error" not in row]
     last = rows[-1]
     machine, versions = last["machine"], last["versions"]
@@ -48,7 +53,7 @@ def made_by(name: str, rows: Sequence[Row]) -> str:
     when = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
     processors = " and ".join(sorted({row["machine"]["processor"] for row in rows}))
     return (
-        f"Made by `{command(name)}` {when}: {processors}, {threads}, "
+        f"Made by {' and '.join(f'`{one}`' for one in commands)} {when}: {processors}, {threads}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}, seed {last['seed']}."
     )
 

@@ -45,11 +45,10 @@ def test_stacks_stand_beside_the_best_single_technique(monkeypatch):
     monkeypatch.setattr(smallest, "stacks", lambda rows: [found] if rows else [])
     alone = [test_smallest.single("good", split, -0.3, 8e6) for split in ("selection", "test")]
     text = said(**{smallest.NAME: test_smallest.FOUND, smallest.SINGLE: alone})
-    assert (
-        "on once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); best of 1"
-        in text
+    assert "on once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); one" in text
+    assert text.endswith(
+        "one technique, good (the smallest of 1 within 1 point): 10.0x smaller, -0.30 ± 1.00 points."
     )
-    assert text.endswith("where stacks are selected, good: 10.0x smaller, -0.30 ± 1.00 points.")
 
 
 def test_factors_are_compared_at_equal_bytes_and_trained():

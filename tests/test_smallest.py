@@ -46,7 +46,7 @@ def row(rung, name, score, size, search=SEARCH):
             }
         ],
         "machine": {"processor": "any", "threads": 1},
-        "versions": {"torch": "2"},
+        "versions": {"torch": "2", "transformers": "5"},
         "date": "2026-11-22",
     }
 
@@ -102,7 +102,7 @@ def test_the_best_single_technique_is_the_smallest_that_kept_the_score_where_it_
     assert smallest.single(singles, 0.0)["key"] == "large/test"
     assert smallest.single([]) is None
     assert smallest.single([*singles, single("not yet tested", "selection", 0.0, 1e6)]) is None
-    best = "best of 3 single techniques, of those that lose at most 1 point where stacks are selected: good"
+    best = "one technique, good (the smallest of 3 within 1 point)"
     assert f"| {best} | 8.00 MB | 10.0x |" in smallest.headline(FOUND, singles)
 
 
@@ -128,8 +128,11 @@ def test_only_rows_that_the_search_of_today_would_make_count(searches):
     assert "| **a** |" in smallest.headline([*FOUND, *larger])
 
 
-def test_a_search_under_way_names_its_command(searches):
-    told = "Nothing reaches a goal yet: `stackcomp search pipelines/studies/0.py` make the rows."
+def test_searches_under_way_name_their_commands(searches):
+    told = (
+        "Nothing reaches a goal yet: `stackcomp search pipelines/studies/sst2_24x.py` and "
+        "`stackcomp search pipelines/studies/sst2_40x.py` make the rows."
+    )
     assert smallest.headline(SEARCHED) == smallest.headline([]) == told
 
 
