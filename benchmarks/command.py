@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from stackcomp.core.errors import OutputInUse
 from stackcomp.core.files import locked
+from stackcomp.core.pipeline_file import read_file
 from stackcomp.studies.rows import FOLDER, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def study(name: str, options: argparse.Namespace) -> Iterator[Rows]:
 
 def pipeline_file(name: str) -> dict[str, Any]:
     """The names that pipelines/NAME.py defines."""
-    return runpy.run_path(str(ROOT / "pipelines" / f"{name}.py"))
+    return read_file(ROOT / "pipelines" / f"{name}.py")
 
 
 def packaged_model() -> str:

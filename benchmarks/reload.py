@@ -1,17 +1,17 @@
-"""Does a checkpoint reload as what was saved? Every registered pass alone, and the quickstart's stack.
+"""Does a checkpoint reload as what was saved? Every registered pass alone, and the quickstart's stack; with --decoder what usual passes and
+factorizations make of SmolLM2-135M.
 
-Logits are taken in the process that made the model, before it is written, and again in a new process, by
-`stackcomp.load` and by `AutoModelForSequenceClassification.from_pretrained` after `import stackcomp`; they must be equal
-bit by bit. The length of the file on disk must be the sum of the ledger's components and of the file's own tensors.
-The model is all-MiniLM-L6-v2 cut to two layers; passes take three steps of training and 64 texts of
-calibration.
+Logits, and what a decoder writes, are taken in the process that made the model, before it is saved, and again in a new process, by
+`stackcomp.load` and by `from_pretrained` of the `AutoModel` after `import stackcomp`; they must be equal bit by bit. The length of the file
+on disk must be the sum of the ledger's components and of the file's own tensors. The classifier is all-MiniLM-L6-v2 cut to two layers;
+passes take three steps of training and 64 texts of calibration.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from stackcomp.core.plan import Plan, PlannedWeight
 
 SHORT = {"steps": 3, "batch_size": 8, "limit": 64, "samples": 64, "sweeps": 1}
+TOKENS = 24  # that a decoder writes after each text
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recorded(Pass):
-    """Another pass, after which the logits of the model in memory are written to `logits`."""
+    """Another pass, after which the answers of the model in memory are written to `answers`."""
 
     inner: Pass = field(default_factory=sc.Int8Weights)
     batch: str = ""
-    logits: str = ""
+    answers: str = ""
 
     paper: ClassVar[str] = "none"
 
@@ -59,17 +60,21 @@ class Recorded(Pass):
         import torch
 
         findings = self.inner.apply(model, context)
-        torch.save(logits_of(model, torch.load(self.batch)), self.logits)
+        torch.save(answers_of(model, torch.load(self.batch)), self.answers)
         return findings
 
 
-def logits_of(model: Any, batch: Any) -> "torch.Tensor":
-    """The model's answers, dropout off."""
+def answers_of(model: Any, batch: Any) -> "list[torch.Tensor]":
+    """The model's logits, dropout off, and the ids that it writes greedily where it can."""
     import torch
 
     model.eval()
     with torch.no_grad():
-        return model(**batch).logits
+        found = [model(**batch).logits]
+        if model.can_generate():
+            settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+            found.append(model.generate(**batch, **settings))
+    return found
 
 
 def pipelines() -> Iterator[tuple[str, sc.Pipeline]]:
@@ -79,20 +84,37 @@ def pipelines() -> Iterator[tuple[str, sc.Pipeline]]:
     yield "quickstart", sc.Pipeline(*map(shortened, command.pipeline_file("quickstart")["pipeline"]))
 
 
+def decoder_pipelines() -> Iterator[tuple[str, sc.Pipeline]]:
+    """The same of a decoder: those of its studies, factorizations at one ratio."""
+    for study in ("studies/decoder_catalogue", "dsformer/decoder"):
+        for entry in command.pipeline_file(study)["study"].entries:
+            if entry.labels.get("ratio", 1.5) == 1.5:
+                yield f"SmolLM2-135M: {entry.key}", sc.Pipeline(*map(shortened, entry.pipeline.flat()))
+
+
 def shortened(item: Pass) -> Pass:
     """The same pass with little training, calibration and refinement, where it has such settings."""
     known = {entry.name for entry in fields(item)}
     return replace(item, **{name: value for name, value in SHORT.items() if name in known})
 
 
-def run(model: Path, task: Any, rows: Rows, *, out: Path, seed: int = 0, again: bool = False) -> int:
-    """Add the rows that are missing; returns how many rows say that something differs."""
+def run(
+    model: Path,
+    task: Any,
+    rows: Rows,
+    named: Iterable[tuple[str, sc.Pipeline]],
+    *,
+    out: Path,
+    seed: int = 0,
+    again: bool = False,
+) -> int:
+    """Add the rows of pipelines that are missing; returns how many rows say that something differs."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, pipeline in pipelines():
+    for name, pipeline in named:
         if not again and rows.has(name, declaration=repr(pipeline), seed=seed):
             command.say(f"there already: {name}")
             continue
-        row = judge(name, pipeline, model, task, out / name, seed)
+        row = judge(name, pipeline, model, task, out / "run", seed)
         rows.add(row)
         said = "same bits, same bytes" if fine(row) else "DIFFERS"
         command.say(f"{name}: {said} ({row['file_bytes']} bytes)")
@@ -119,7 +141,7 @@ def judge(name: str, pipeline: sc.Pipeline, model: Path, task: Any, out: Path, s
     recorded = Recorded(
         inner=last,
         batch=str(out / "batch.pt"),
-        logits=str(out / "logits.pt"),
+        answers=str(out / "made.pt"),
         only=last.only,
         skip=last.skip,
     )
@@ -144,18 +166,19 @@ def judge(name: str, pipeline: sc.Pipeline, model: Path, task: Any, out: Path, s
         cwd=command.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    made = torch.load(out / "logits.pt")
+    made, *again = (torch.load(out / f"{name}.pt") for name in ("made", "load", "auto"))
+    same = [len(each) == len(made) and all(map(torch.equal, made, each)) for each in again]
     file, row = out / "run" / "model.safetensors", ledger.rows[-1]
     found = {
-        "load_identical": torch.equal(made, torch.load(out / "load.pt")),
-        "auto_identical": torch.equal(made, torch.load(out / "auto.pt")),
+        "load_identical": same[0],
+        "auto_identical": same[1],
+        "written_tokens": TOKENS if len(made) > 1 else 0,
         "file_bytes": file.stat().st_size,
         "ledger_bytes": row.size_bytes,
         "component_bytes": sum(row.components.values()),
         "tensor_bytes": sum(bytes_of_file(file).values()),
         "components": dict(row.components),
         "dense_bytes": ledger.rows[0].size_bytes,
-        "layers": small.LAYERS,
     }
     shutil.rmtree(out)
     return {"key": name, **found, **stamp(pipeline, seed)}
@@ -163,10 +186,22 @@ def judge(name: str, pipeline: sc.Pipeline, model: Path, task: Any, out: Path, s
 
 def main() -> int:
     """Run the study; 1 when something differs."""
-    options = command.parser("reload", __doc__ or "").parse_args()
+    parser = command.parser("reload", __doc__ or "")
+    parser.add_argument(
+        "--decoder", action="store_true", help="SmolLM2-135M (extra `decoder`), and not the classifier"
+    )
+    options = parser.parse_args()
     with command.study("reload", options) as rows:
-        model = small.classifier(options.out / "model", options.seed)
-        bad = run(model, small.task(), rows, out=options.out / "runs", seed=options.seed, again=options.again)
+        if options.decoder:
+            decoder = command.pipeline_file("studies/smollm2")
+            model, task, named = Path(decoder["model"]()), decoder["task"], decoder_pipelines()
+        else:
+            model, task, named = (
+                small.classifier(options.out / "model", options.seed),
+                small.task(),
+                pipelines(),
+            )
+        bad = run(model, task, rows, named, out=options.out, seed=options.seed, again=options.again)
     return 1 if bad else 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from benchmarks import small
 from stackcomp.core.ledger import Ledger
 from stackcomp.studies.rows import Row
 
@@ -277,7 +278,7 @@ def reload(rows: Sequence[Row]) -> str:
         sizes = {row[name] for name in ("file_bytes", "ledger_bytes", "component_bytes", "tensor_bytes")}
         cells.append(
             [
-                f"`{row['key']}`" if row["key"] != "quickstart" else "the quickstart's stack",
+                f"`{row['key']}`" if row["key"].isidentifier() else row["key"],
                 _yes(row["load_identical"]),
                 _yes(row["auto_identical"]),
                 f"{row['file_bytes']:,}",
@@ -291,7 +292,13 @@ def reload(rows: Sequence[Row]) -> str:
         "bytes on disk",
         "equal the ledger's sum",
     ]
-    note = f"All-MiniLM-L6-v2 cut to {rows[-1]['layers']} layers; passes took 3 steps of training and 64 texts of calibration."
+    note = (
+        f"Of single passes the model is all-MiniLM-L6-v2 cut to {small.LAYERS} layers; passes took 3 steps of training and 64 texts of "
+        "calibration."
+    )
+    written = {row["written_tokens"] for row in rows} - {0}
+    if written:
+        note += f" SmolLM2-135M also wrote {max(written)} tokens after each of {len(small.TEXTS)} texts, and the same ones once reloaded."
     return "\n\n".join([table(titles, cells), note, made_by("reload", rows)])
 
 

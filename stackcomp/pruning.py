@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import data, nn, training
 from stackcomp.core.contract import Contract, Need
+from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.families import Part, Stack, between, head_features
 from stackcomp.core.passes import Findings, Pass
@@ -137,25 +138,29 @@ class CalibratedPruningPass(PruningPass):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class NarrowingPass(Pass):
-    """A pass that keeps the most important units of one part of every layer, the same number in each, and drops the others whole.
+    """A pass that keeps the most important units of one part of every layer, and drops the others whole.
 
     A unit is a run of inputs of the weight out of the part, and what makes these inputs. Its importance is E |sum_tj x_tj dL/dx_tj| over
     labelled training examples, x_tj its inputs j at token t: to first order, what the loss of an example changes by without it.
 
-    keep: share of the units that stay, in (0, 1], rounded to a whole number and at least one; 1 does nothing. samples: labelled training
-    examples, a fixed random subset; batch_size: of one gradient, which changes nothing but the time.
+    keep: share of a layer's units that stay, in (0, 1], rounded to a whole number and at least one; 1 does nothing; or a share for each
+    layer, from the first on. samples: labelled training examples, a fixed random subset; batch_size: of one gradient, which changes nothing
+    but the time.
     """
 
-    keep: float = 0.5
+    keep: float | tuple[float, ...] = 0.5
     samples: int = 512
     batch_size: int = 32
 
-    undivided: ClassVar[str] = "makes all layers equally narrow"
+    undivided: ClassVar[str] = "narrows layers by the share that keep= names for each"
     idle: ClassVar[Mapping[str, Any]] = {"keep": 1.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("keep", self.keep, 0.0, 1.0, above=True)
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))  # a list would make the pass unhashable
+        for share in self.keep if isinstance(self.keep, tuple) else (self.keep,):
+            within("keep", share, 0.0, 1.0, above=True)
         whole("samples", self.samples, 1)
         whole("batch_size", self.batch_size, 1)
 
@@ -164,8 +169,12 @@ class NarrowingPass(Pass):
         return Contract(
             requires=facts(Fact.FLOAT, Fact.DENSE),
             forbids=facts(Fact.FACTOR),
-            needs=frozenset({Need.LABELS}) if self.keep < 1 else frozenset(),
+            needs=frozenset() if self._does_nothing else frozenset({Need.LABELS}),
         )
+
+    @property
+    def _does_nothing(self) -> bool:
+        return {1.0}.issuperset(self.keep if isinstance(self.keep, tuple) else (self.keep,))
 
     @abstractmethod
     def _part(self, paths: Iterable[str]) -> tuple[Stack, Part]:
@@ -189,32 +198,38 @@ class NarrowingPass(Pass):
         )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
-        self._between({weight.id: weight.paths for weight in weights})
+        self._shares({weight.id: weight.paths for weight in weights})
 
     def reshape(self, plan: Plan) -> Plan:
         found = {weight.id: weight for weight in plan.weights}
         narrower = dict(found)
         features = self._features(plan.head_features)
-        for out_of, into in self._between({id_: found[id_].paths for id_ in self.selected(plan)}).items():
+        paths = {id_: found[id_].paths for id_ in self.selected(plan)}
+        shares = self._shares(paths)
+        for out_of, into in self._between(paths).items():
             units = found[out_of].cols // features
-            kept = self._count(units)
+            kept = _count(shares[out_of], units)
             narrower[out_of] = replace(found[out_of], cols=kept * features)
             narrower |= {id_: replace(found[id_], rows=found[id_].rows * kept // units) for id_ in into}
         return replace(plan, weights=tuple(narrower.values()))
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
-        if self.keep == 1.0:
+        if self._does_nothing:
             return {}
         importance = self._importance(model, context)
-        units = len(next(iter(importance.values())))
-        kept = self._count(units)
-        best = {id_: scores.topk(kept) for id_, scores in importance.items()}
+        shares = self._shares({id_: handle.spec.paths for id_, handle in nn.weights(model).items()})
+        best = {id_: scores.topk(_count(shares[id_], len(scores))) for id_, scores in importance.items()}
         self._cut(model, {id_: found.indices.sort().values.tolist() for id_, found in best.items()})
+        nn.say_widths(model)
         share = {
             id_: float(found.values.sum() / importance[id_].sum().clamp_min(1e-30))
             for id_, found in best.items()
         }
-        return {"kept": kept, "of": units, "share_of_importance": share}
+        return {
+            "kept": {id_: len(found.indices) for id_, found in best.items()},
+            "of": {id_: len(scores) for id_, scores in importance.items()},
+            "share_of_importance": share,
+        }
 
     def _importance(self, model: "PreTrainedModel", context: "Context") -> "Mapping[str, torch.Tensor]":
         """The importance of the units of every layer, by the id of the weight out of them."""
@@ -236,6 +251,27 @@ class NarrowingPass(Pass):
         """The weights into the units that each weight reads, by id."""
         return between(*self._part(path for several in paths.values() for path in several), paths)
 
-    def _count(self, units: int) -> int:
-        """How many of a layer's units stay."""
-        return max(1, round(self.keep * units))
+    def _shares(self, paths: Mapping[str, Iterable[str]]) -> dict[str, float]:
+        """The share that stays of the units of every layer, by the id of the weight out of them. Raises SettingError where there is not one
+        for each layer, or layers that share their weights have unlike ones."""
+        stack, part = self._part(path for several in paths.values() for path in several)
+        shares = self.keep if isinstance(self.keep, tuple) else (self.keep,) * stack.count
+        if len(shares) != stack.count:
+            raise SettingError(
+                f"{self.name}: keep={self.keep} has {len(shares)} shares for {stack.count} layers: give one for each, or one number for all"
+            )
+        found: dict[str, float] = {}
+        for out_of in self._between(paths):
+            places = (stack.split(path) for path in paths[out_of])
+            layers = [place[0] for place in places if place and place[1] == part.out_of]
+            found[out_of] = shares[layers[0]]
+            if {shares[layer] for layer in layers} != {found[out_of]}:
+                raise SettingError(
+                    f"{self.name}: keep={self.keep}, and layers {layers} share {out_of}: give them one share"
+                )
+        return found
+
+
+def _count(share: float, units: int) -> int:
+    """How many of a layer's units stay."""
+    return max(1, round(share * units))

@@ -269,6 +269,22 @@ def test_reload_tells_same_bits_from_others(rows, model, tmp_path, monkeypatch):
     assert "| `Int8Weights` | yes | yes |" in tables.reload(rows.read())
 
 
+def test_reload_compares_what_a_decoder_writes(rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(reload.small, "TEXTS", toys.SENTENCES[:2])
+    monkeypatch.setattr(reload, "TOKENS", 4)
+    here = lambda arguments, **_: reloaded.main(*arguments[-3:])  # noqa: E731
+    monkeypatch.setattr(reload.subprocess, "run", here)
+    decoder = tmp_path / "decoder"
+    toys.language_model("llama").save_pretrained(decoder)
+    tokenizer.save_pretrained(decoder)
+    row = reload.judge(
+        "a decoder", sc.Pipeline(sc.Int8Weights()), decoder, toys.language_task(), tmp_path / "judged", seed=0
+    )
+    assert reload.fine(row)
+    rows.add(row)
+    assert "wrote 4 tokens after each of 2 texts" in tables.reload(rows.read())
+
+
 def test_reload_covers_every_registered_pass_and_the_stack():
     from stackcomp.passes import registered
 

@@ -7,6 +7,7 @@ from .keeping import keep_heads as keep_heads
 from .keeping import keep_layers as keep_layers
 from .keeping import keep_neurons as keep_neurons
 from .keeping import keep_words as keep_words
+from .keeping import say_widths as say_widths
 from .layers import CompressedEmbedding as CompressedEmbedding
 from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear

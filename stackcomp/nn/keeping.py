@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stackcomp.core.errors import UnsupportedModel
-from stackcomp.core.families import FeedForward, Stack, attention_of, between, feed_forward_of, head_features
+from stackcomp.core.families import attention_of, between, feed_forward_of, head_features
 from stackcomp.core.matrices import Dense
 from stackcomp.nn.layers import CompressedEmbedding, CompressedLayer
-from stackcomp.nn.quantizer import attach
+from stackcomp.nn.quantizer import attach, detach
 from stackcomp.nn.storing import store, take_rows
 from stackcomp.nn.surgery import store_as
 from stackcomp.nn.tree import WeightHandle, absolute, built, put, weights
@@ -150,60 +150,59 @@ def keep_words(model: "PreTrainedModel", kept: Sequence[int]) -> None:
 
 
 def keep_neurons(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
-    """Leave of the neurons of every layer's feed-forward part those that `kept` names by the id of the weight out of them, as many in each,
-    and say so in the config. Raises UnsupportedModel, with the model as it was, where that does not read the number."""
+    """Leave of the neurons of every layer's feed-forward part those that `kept` names by the id of the weight out of them, and say
+    so in the config, where it can. `say_widths` says the rest."""
     paths = _paths(model)
     stack, part = feed_forward_of(path for several in paths.values() for path in several)
-    _check_neurons(model, stack, part, len(next(iter(kept.values()))))
     for out_of, into in between(stack, part, paths).items():
         _keep_units(model, into, out_of, kept[out_of])
-        setattr(model.config, part.size, len(kept[out_of]))
-
-
-def _check_neurons(model: "PreTrainedModel", stack: Stack, part: FeedForward, left: int) -> None:
-    """Raises UnsupportedModel where a config that says so many neurons makes a model of others."""
-    config: Any = deepcopy(model.config)
-    setattr(config, part.size, left)
-    name = absolute(model, f"{stack.path}.0.{part.out_of}")
-    layer: Any = built(model, config).get_submodule(name or "")
-    if (layer.nx if isinstance(layer, Conv1D) else layer.in_features) != left:
-        raise UnsupportedModel(
-            f"{part.size}={left}: {type(model).__name__} does not read it from its config, so that its feed-forward parts keep their "
-            "width: leave PruneNeurons out"
-        )
+    left = {len(places) for places in kept.values()}
+    if len(left) == 1:
+        setattr(model.config, part.size, *left)
 
 
 def keep_heads(model: "PreTrainedModel", kept: Mapping[str, Sequence[int]]) -> None:
     """Leave of the attention heads of every layer (of groups of them, where they share keys and values) those that `kept` names by the id
-    of the weight out of them, as many in each, and say so in the config: in the model's own, where that reads as a smaller model, else in
-    what it carries for compressed weights. Where layers add one bias by head, all must name the same."""
+    of the weight out of them, and say so in the config, where it can. `say_widths` says the rest. Where layers add one bias by head, all
+    must name the same."""
     features = head_features(model.config.to_dict())
     assert features is not None
     paths = _paths(model)
     stack, part = attention_of(path for several in paths.values() for path in several)
-    (left,) = {len(places) for places in kept.values()}
     for out_of, into in between(stack, part, paths).items():
         _keep_units(model, into, out_of, kept[out_of], features=features, fused=part.fused)
+        for path in paths[out_of]:
+            place = stack.split(path)
+            if place is None or place[1] != part.out_of:
+                continue
+            module = model.get_submodule(absolute(model, f"{stack.path}.{place[0]}.{part.module}") or "")
+            for attribute, size in (
+                (part.count, len(kept[out_of])),
+                (part.span, len(kept[out_of]) * features),
+            ):
+                if attribute is not None:
+                    setattr(module, attribute, size)
     if part.bias in paths:
         _keep_columns(model, weights(model)[part.bias], next(iter(kept.values())))
-    for layer in range(stack.count):
-        module = model.get_submodule(absolute(model, f"{stack.path}.{layer}.{part.module}") or "")
-        for attribute, size in ((part.count, left), (part.span, left * features)):
-            if attribute is not None:
-                setattr(module, attribute, size)
-    said = _say_heads(model.config, left, features)
-    if not said:
-        attach(model)
-    beside: Any = getattr(model.config, "quantization_config", None)
-    if beside is not None:
-        beside.heads = None if said else left
+    left = {len(places) for places in kept.values()}
+    if len(left) == 1:
+        _say_heads(model.config, left.pop(), features)
 
 
-def _say_heads(config: Any, groups: int, features: int) -> bool:
-    """Whether the config can say that there are so many groups of heads of so many features together, as one can that knows the size of a
-    head apart from the width of the model; it says so then."""
+def say_widths(model: "PreTrainedModel") -> None:
+    """Let a model carry how many neurons and heads its layers have, as one with compressed weights does, or nothing where its own config
+    says all that there is to say."""
+    attach(model)
+    said: Any = model.config.quantization_config
+    if not said.coded:
+        detach(model)
+
+
+def _say_heads(config: Any, groups: int, features: int) -> None:
+    """Say in a config that there are so many groups of heads of so many features together, where it can: where it knows the size of a head
+    apart from the width of the model."""
     if not hasattr(config, "num_key_value_heads"):
-        return False
+        return
     before = {
         name: getattr(config, name, None)
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -215,8 +214,6 @@ def _say_heads(config: Any, groups: int, features: int) -> bool:
         config.validate()
     except StrictDataclassError:  # Llama's width must be a multiple of the number of heads
         vars(config).update(before)
-        return False
-    return True
 
 
 def _keep_units(

@@ -6,7 +6,7 @@ read, and the files are checked against them: a tensor that is missing, unexpect
 refused, as `transformers` would fill it with random numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from stackcomp.core import coding, manifest
 from stackcomp.core.errors import CheckpointError, UnsupportedModel
-from stackcomp.core.families import attention_of, between
+from stackcomp.core.families import Part, Stack, attention_of, between, feed_forward_of, head_features
 from stackcomp.core.headers import read_headers
 from stackcomp.core.matrices import Coding, MatrixSpec
 from stackcomp.core.settings import whole
@@ -35,7 +35,7 @@ from stackcomp.core.spec import FORMS, WeightSpec
 from stackcomp.nn import names
 from stackcomp.nn.layers import CompressedLayer
 from stackcomp.nn.matrix import CODINGS
-from stackcomp.nn.tree import align, install, relative, weights
+from stackcomp.nn.tree import align, built, install, relative, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,8 +59,9 @@ class StackcompConfig(QuantizationConfigMixin):
 
     weights: the specs by id, as JSON; dtype: the model's own, which a load in another dtype replaces; shared:
     names of tensors that are other names of another tensor, and which (layers shared by name, plain weights
-    that several layers use; paths relative to the base model); coded: whether tensors are written entropy coded; heads: how many
-    attention heads each layer has (groups of them, where they share keys and values), where the model's own config does not say so.
+    that several layers use; paths relative to the base model); coded: whether tensors are written entropy coded; heads, neurons: how
+    many attention heads (groups of them, where they share keys and values) and neurons each layer has, where the model's own config does
+    not say so.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class StackcompConfig(QuantizationConfigMixin):
         dtype: str,
         shared: Mapping[str, str] | None = None,
         coded: bool = False,
-        heads: int | None = None,
+        heads: Iterable[int] | None = None,
+        neurons: Iterable[int] | None = None,
         format: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
@@ -78,15 +80,16 @@ class StackcompConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"config.json: stackcomp format {format!r}, this version reads {FORMAT}: install a newer stackcomp, or save it again"
             )
-        if heads is not None:
-            whole("heads", heads, 1)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format = format
         self.dtype = dtype
         self.weights = {id_: dict(spec) for id_, spec in weights.items()}
         self.shared = dict(shared or {})
         self.coded = coded
-        self.heads = heads
+        self.heads, self.neurons = (None if several is None else [*several] for several in (heads, neurons))
+        for name, several in (("heads", self.heads), ("neurons", self.neurons)):
+            for width in several or ():
+                whole(name, width, 1)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -116,7 +119,8 @@ class StackcompConfig(QuantizationConfigMixin):
                 relative(model, name): relative(model, first) for name, first in names.shared(model).items()
             },
             coded=ours and known.coded,
-            heads=known.heads if ours else None,
+            heads=_widths(model, attention_of, head_features(model.config.to_dict())),
+            neurons=_widths(model, feed_forward_of, 1),
         )
 
     def specs(self) -> list[WeightSpec]:
@@ -150,8 +154,7 @@ class StackcompQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         for file in files:
             manifest.check_file(file)
-        if config.heads is not None:
-            _narrow(model, config.heads)
+        _narrow(model, heads=config.heads, neurons=config.neurons)
         install(model, [_cast(spec, config.dtype, CODINGS[model.dtype]) for spec in config.specs()])
         self._omission = model.register_state_dict_post_hook(
             names.Omit(frozenset(names.pairs(model, config.shared)))
@@ -233,7 +236,10 @@ def detach(model: "PreTrainedModel") -> None:
     """Let `model.save_pretrained` write a plain checkpoint again, where its config says all that there is to say."""
     plain: Any = model
     known = getattr(plain.config, "quantization_config", None)
-    if not isinstance(known, StackcompConfig) or known.heads is not None:
+    if not isinstance(known, StackcompConfig):
+        return
+    said = StackcompConfig.of(model)
+    if said.weights or said.shared or said.heads or said.neurons:
         return
     del plain.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
@@ -318,12 +324,39 @@ def _makes_sense(spec: WeightSpec) -> bool:
     return even and (coefficients.rows, coefficients.cols) == (n, basis.rows)
 
 
-def _narrow(model: "PreTrainedModel", heads: int) -> None:
-    """Give every layer of a model built from its config alone so many attention heads."""
-    from stackcomp.nn.keeping import keep_heads  # which makes models known to this module
+def _widths(
+    model: "PreTrainedModel", part_of: "Callable[[Iterable[str]], tuple[Stack, Part]]", features: int | None
+) -> list[int] | None:
+    """How many units, of so many inputs each, a part of every layer has; None where the model's own config makes the same, or no part is
+    known, of which nobody narrows a layer then."""
+    try:
+        ours, said = (_columns(each, part_of) for each in (model, built(model)))
+    except UnsupportedModel:
+        return None
+    return None if ours == said or features is None else [cols // features for cols in ours]
 
-    paths = {id_: handle.spec.paths for id_, handle in weights(model).items()}
-    keep_heads(model, dict.fromkeys(between(*attention_of(paths), paths), range(heads)))
+
+def _columns(model: "PreTrainedModel", part_of: "Callable[[Iterable[str]], tuple[Stack, Part]]") -> list[int]:
+    """How many inputs the weight out of a part of each layer has."""
+    columns = {path: handle.spec.cols for handle in weights(model).values() for path in handle.spec.paths}
+    stack, part = part_of(columns)
+    paths = (f"{stack.path}.{layer}.{part.out_of}" for layer in range(stack.count))
+    return [columns[path] for path in paths if path in columns]
+
+
+def _narrow(model: "PreTrainedModel", *, heads: Sequence[int] | None, neurons: Sequence[int] | None) -> None:
+    """Give the layers of a model built from its config alone so many attention heads, and neurons."""
+    from stackcomp.nn.keeping import keep_heads, keep_neurons  # which make models known to this module
+
+    for left, part_of, keep in ((heads, attention_of, keep_heads), (neurons, feed_forward_of, keep_neurons)):
+        if left is not None:
+            paths = {id_: handle.spec.paths for id_, handle in weights(model).items()}
+            out_of = between(*part_of(paths), paths)
+            if len(left) != len(out_of):
+                raise CheckpointError(
+                    f"config.json: its quantization_config names widths of {len(left)} layers, the model has {len(out_of)}: save it again"
+                )
+            keep(model, {id_: range(width) for id_, width in zip(out_of, left, strict=True)})
 
 
 def _cast(spec: WeightSpec, old: str, new: Coding) -> WeightSpec:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from stackcomp.core.matrices import Dense
 from stackcomp.core.spec import WeightSpec
 from stackcomp.nn.layers import CompressedLayer
-from stackcomp.nn.quantizer import compressed, detach
+from stackcomp.nn.quantizer import detach
 from stackcomp.nn.storing import store
 from stackcomp.nn.surgery import store_as
 from stackcomp.nn.tree import WeightHandle, absolute, built, retie, weights
@@ -45,8 +45,7 @@ def unpack(model: "PreTrainedModel", *, factors: bool = False) -> "PreTrainedMod
         else:
             _restore(model, handle, plain)
     retie(model, plain)
-    if not compressed(model):
-        detach(model)
+    detach(model)
     return model
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from stackcomp import nn
+from stackcomp.core.errors import SettingError
 from stackcomp.core.families import Attention, Stack, attention_of, known_heads
-from stackcomp.core.plan import Plan
+from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.pruning import NarrowingPass
 
 if TYPE_CHECKING:
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PruneHeads(NarrowingPass):
-    """Keep the most important attention heads of every layer, the same number in each, and drop the others whole: with their rows of
-    query, key and value, and the columns that read them. Put Distill after it.
+    """Keep the most important attention heads of every layer, and drop the others whole: with their rows of query, key and value, and the
+    columns that read them. Put Distill after it.
 
     The importance of head h is E |sum_tj x_tj dL/dx_tj| over labelled training examples, x_tj its outputs j at token t: to first order,
     what the loss of an example changes by without the head. Where heads share keys and values (grouped-query attention), whole groups go.
 
-    keep: share of the heads, or groups, that stay, in (0, 1], rounded to a whole number and at least one; 1 does nothing. samples: labelled
-    training examples, a fixed random subset; batch_size: of one gradient, which changes nothing but the time. `only` and `skip` cannot be
-    given. Layers that share their weights keep the same heads, and so do those that add one bias by head (MPNet). The model's family must
-    be in the table of families.
+    keep: share of a layer's heads, or groups, that stay, in (0, 1], rounded to a whole number and at least one; 1 does nothing; or a share
+    for each layer, from the first on. samples: labelled training examples, a fixed random subset; batch_size: of one gradient, which
+    changes nothing but the time. `only` and `skip` cannot be given. Layers that share their weights keep the same heads, and so do those
+    that add one bias by head (MPNet). The model's family must be in the table of families.
 
     A Llama-like model becomes an ordinary smaller one, where its config allows the number of heads. Other configs say only one number, from
-    which the size of a head follows: theirs stays, how many heads are left stands beside it, and the checkpoint is read as all compressed
-    ones are.
+    which the size of a head follows, and none says a number for each layer: theirs stays, how many heads each layer has left stands beside
+    it, and the checkpoint is read as all compressed ones are.
 
     Where we differ from the paper: it ranks the heads of all layers together, and drops a few at a time.
     """
@@ -43,15 +44,23 @@ class PruneHeads(NarrowingPass):
         chosen = {*super().selected(plan), part.bias}
         return tuple(weight.id for weight in plan.weights if weight.id in chosen)
 
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        super().examine(weights)
+        _, part = self._part(path for weight in weights for path in weight.paths)
+        if isinstance(self.keep, tuple) and len({*self.keep}) > 1 and part.bias in {w.id for w in weights}:
+            raise SettingError(
+                f"{self.name}: keep={self.keep}, and all layers add one bias by head, {part.bias}: give one share for all"
+            )
+
     def reshape(self, plan: Plan) -> Plan:
-        _, part = self._part(path for weight in plan.weights for path in weight.paths)
-        return replace(
-            plan,
-            weights=tuple(
-                replace(weight, cols=self._count(weight.cols)) if weight.id == part.bias else weight
-                for weight in super().reshape(plan).weights
-            ),
-        )
+        stack, part = self._part(path for weight in plan.weights for path in weight.paths)
+        narrower = super().reshape(plan)
+        found = {weight.id: weight for weight in narrower.weights}
+        if part.bias not in found:
+            return narrower
+        left = found[f"{stack.path}.0.{part.out_of}"].cols // self._features(plan.head_features)
+        found[part.bias] = replace(found[part.bias], cols=left)
+        return replace(narrower, weights=tuple(found.values()))
 
     def _part(self, paths: Iterable[str]) -> tuple[Stack, Attention]:
         return attention_of(paths)
