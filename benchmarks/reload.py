@@ -78,9 +78,10 @@ def answers_of(model: Any, batch: Any) -> "list[torch.Tensor]":
 
 
 def pipelines() -> Iterator[tuple[str, sc.Pipeline]]:
-    """(name, pipeline): every registered pass alone, then the quickstart's stack, all shortened."""
+    """(name, pipeline): every registered pass alone, STF on the factors that it learns on, then the quickstart's stack, all shortened."""
     for name, cls in registered().items():
-        yield name, sc.Pipeline(shortened(cls()))
+        first = [sc.DenseSparse()] if cls is sc.STF else []
+        yield name, sc.Pipeline(*map(shortened, [*first, cls()]))
     yield "quickstart", sc.Pipeline(*map(shortened, command.pipeline_file("quickstart")["pipeline"]))
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     tables,
 )
 from stackcomp.core import headers
+from stackcomp.core.contract import legal
 from stackcomp.core.errors import OutputInUse, ResultsDamaged
 from stackcomp.core.ledger import Ledger
 from stackcomp.studies.rows import Rows, stamp
@@ -291,6 +292,7 @@ def test_reload_covers_every_registered_pass_and_the_stack():
     found = dict(reload.pipelines())
     assert found.keys() == {*registered(), "quickstart"}
     for pipeline in found.values():
+        assert legal(pipeline.flat(), headers.plain("bert"))
         assert all(step.steps == 3 for step in pipeline if step.contract.trains)
 
 

@@ -30,6 +30,9 @@ class NF4(Pass):
     At the same bytes LowBitWeights leaves a little less squared error of normal values: its scales are searched for, and
     these are the largest magnitudes.
 
+    The values are those of bitsandbytes, the storage is ours: once its CPU layers have computed a product, they save scales in another
+    order where these are not rounded a second time, and the checkpoint is spoiled.
+
     Where we differ from the paper: scales have 16 bits and are not rounded a second time, and a group does not reach into
     the next row.
     """

@@ -175,19 +175,49 @@ def test_an_outlier_of_another_token_does_not_change_a_token():
     torch.testing.assert_close(int8_linear(x, q, scales, outliers=6.0)[0, 2], alone, rtol=1e-6, atol=1e-6)
 
 
+def of_bitsandbytes(x, weight, threshold):
+    """What LLM.int8() of bitsandbytes makes of a weight, its codes and largest magnitudes by row."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    rows, cols = weight.shape
+    layer = bitsandbytes.nn.Linear8bitLt(cols, rows, bias=False, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict({"weight": weight})
+    layer = layer.to("cpu").eval()
+    with torch.no_grad():
+        found = layer(x)
+    stored = layer.state_dict()
+    return found, stored["weight"], stored["SCB"]
+
+
 @pytest.mark.filterwarnings("ignore")  # its own
 def test_outliers_come_as_near_as_those_of_bitsandbytes():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     x, weight = with_outliers()
-    theirs = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
-    theirs.load_state_dict({"weight": weight})
-    theirs = theirs.to("cpu").eval()
     exact = x @ weight.T
-    with torch.no_grad():
-        distance = (theirs(x) - exact).norm()
+    distance = (of_bitsandbytes(x, weight, 6.0)[0] - exact).norm()
     q, scales = quantize_rows(weight)
     assert (int8_linear(x, q, scales, outliers=6.0) - exact).norm() < 1.2 * distance
     assert (int8_linear(x, q, scales) - exact).norm() > 2 * distance
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("outliers", [None, 6.0])
+def test_every_value_is_that_of_bitsandbytes_to_a_step_of_rounding(outliers):
+    """Theirs has 127 steps to the largest magnitude where torchao's, and ours, has 127.5; of one token their outlier columns are ours."""
+    x, weight = with_outliers()
+    if outliers:  # which nothing reads, so that only the room that they leave to other inputs tells
+        x = x[0, 1:2].masked_fill(x[0, 1:2].abs() >= outliers, 1e3)
+        weight = weight.masked_fill(x >= outliers, 0)
+    else:
+        x = x[1]
+    theirs, codes, largest = of_bitsandbytes(x, weight, outliers or 0.0)
+    q, scales = quantize_rows(weight)
+    assert (q.int() - codes.int()).abs().max() <= 1
+    torch.testing.assert_close(127.5 * scales, largest, rtol=1e-3, atol=0)
+    rounded = x.masked_fill(x.abs() >= outliers, 0) if outliers else x
+    step = rounded.abs().amax(1, keepdim=True) / 127
+    bound = step * weight.abs().sum(1) + scales * rounded.abs().sum(1, keepdim=True)
+    assert ((int8_linear(x, q, scales, outliers=outliers) - theirs).abs() <= bound).all()
+    if outliers:  # and the bound is one that a product without outliers does not keep to
+        assert ((int8_linear(x, q, scales) - theirs).abs() > bound).any()
 
 
 def test_the_gradient_passes_outliers_too():

@@ -46,6 +46,41 @@ def test_values_are_those_of_the_rounding(tokenizer, tmp_path):
     assert torch.equal(nn.weights(model)[LAYER].dense(), round_groups(before, "nf4", 16))
 
 
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes
+def test_a_product_before_saving_spoils_what_bitsandbytes_stores_and_not_what_we_do(tokenizer, tmp_path):
+    """Without double quantization its CPU layers save scales in the order that the product put them in."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    functional = bitsandbytes.functional
+    weight, x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), torch.ones(4, 128)
+    layer = bitsandbytes.nn.Linear4bit(
+        128, 64, bias=False, quant_type="nf4", compress_statistics=False, compute_dtype=torch.float32
+    )
+    layer.load_state_dict({"weight": weight})
+    layer = layer.to("cpu").eval()
+
+    def stored():
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        scales = {name.removeprefix("weight."): part for name, part in state.items() if name != "weight"}
+        read = bitsandbytes.nn.Params4bit.from_prequantized(state["weight"], scales, device="cpu")
+        return functional.dequantize_4bit(read.data, read.quant_state)
+
+    def nearness(found):
+        return torch.cosine_similarity(found.flatten(), weight.flatten(), dim=0)
+
+    ours = round_groups(weight, "nf4", 64, scale_dtype=torch.float32)
+    torch.testing.assert_close(stored(), ours, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        layer(x)
+    if functional.has_avx512bf16():  # only there are weights packed anew for a product
+        assert nearness(stored()) < 0.98 < nearness(ours)
+    model = toys.bert_classifier()
+    apply(sc.NF4(group=16), model, tokenizer, tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model(**toys.batch(tokenizer))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_what_follows_trains_scales_and_does_not_round_again():
     plan = plan_of(toys.bert_classifier())
     assert legal((sc.NF4(), sc.Distill()), plan)
