@@ -269,16 +269,19 @@ def _change(before: float | None, after: float | None, how: str, unit: str = "")
 # reloading and resuming
 
 
+STACKS = {"quickstart": "the quickstart's stack"}  # rows that are not of one pass alone
+
+
 def reload(rows: Sequence[Row]) -> str:
     """One line a pass: bits and bytes."""
     if not rows:
         return not_run("reload")
     cells = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (":" in row["key"], row["key"] in STACKS, row["key"])):
         sizes = {row[name] for name in ("file_bytes", "ledger_bytes", "component_bytes", "tensor_bytes")}
         cells.append(
             [
-                f"`{row['key']}`" if row["key"].isidentifier() else row["key"],
+                STACKS.get(row["key"]) or (row["key"] if ":" in row["key"] else f"`{row['key']}`"),
                 _yes(row["load_identical"]),
                 _yes(row["auto_identical"]),
                 f"{row['file_bytes']:,}",
@@ -298,7 +301,7 @@ def reload(rows: Sequence[Row]) -> str:
     )
     written = {row["written_tokens"] for row in rows} - {0}
     if written:
-        note += f" SmolLM2-135M also wrote {max(written)} tokens after each of {len(small.TEXTS)} texts, and the same ones once reloaded."
+        note += f" Of SmolLM2-135M {max(written)} tokens that it wrote after each of {len(small.TEXTS)} texts were compared, too."
     return "\n\n".join([table(titles, cells), note, made_by("reload", rows)])
 
 

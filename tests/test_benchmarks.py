@@ -283,7 +283,7 @@ def test_reload_compares_what_a_decoder_writes(rows, tokenizer, tmp_path, monkey
     )
     assert reload.fine(row)
     rows.add(row)
-    assert "wrote 4 tokens after each of 2 texts" in tables.reload(rows.read())
+    assert "4 tokens that it wrote after each of 2 texts were compared" in tables.reload(rows.read())
 
 
 def test_reload_covers_every_registered_pass_and_the_stack():

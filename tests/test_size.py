@@ -28,8 +28,8 @@ def test_what_settings_determine_is_exact_in_every_family(family, tmp_path):
     task = toys.language_task() if decoder else toys.classification_task()
     embeddings = {"gpt2": "wte", "llama": "embed_tokens"}.get(family, "embeddings.word_embeddings")
     pipeline = sc.Pipeline(
+        sc.PruneNeurons(keep=(0.5, 0.75)),
         sc.DropLayers(keep=1),
-        sc.PruneNeurons(keep=0.5),
         sc.ASVD(ratio=1.5),
         sc.MagnitudePrune(sparsity=0.3),
         sc.LowBitWeights(bits=3, group=8, only=("*", embeddings)),

@@ -26,6 +26,13 @@ STACKS = {
     "vocabulary first": (WORDS, *STUDENT),
     "vocabulary between": (*STUDENT[:2], WORDS, *STUDENT[2:]),
     "vocabulary last": (*STUDENT, WORDS),
+    "of unlike widths, in 4 bits, coded": (
+        sc.PruneHeads(keep=(0.5, 1.0)),
+        sc.PruneNeurons(keep=(0.7, 0.4)),
+        DISTILL,
+        sc.LowBitWeights(only=(BLOCKS, "embeddings")),
+        sc.EntropyCode(),
+    ),
     "narrower, pruned, in 4 bits": (
         sc.PruneHeads(),
         sc.PruneNeurons(),
