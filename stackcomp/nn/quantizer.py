@@ -112,6 +112,7 @@ class StackcompConfig(QuantizationConfigMixin):
         stored = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
         known: Any = getattr(model.config, "quantization_config", None)
         ours = isinstance(known, StackcompConfig)
+        plain = built(model)
         return cls(
             weights={spec.id: spec.to_json() for spec in specs},
             dtype=CODINGS[stored[0]],
@@ -119,8 +120,8 @@ class StackcompConfig(QuantizationConfigMixin):
                 relative(model, name): relative(model, first) for name, first in names.shared(model).items()
             },
             coded=ours and known.coded,
-            heads=_widths(model, attention_of, head_features(model.config.to_dict())),
-            neurons=_widths(model, feed_forward_of, 1),
+            heads=_widths(model, plain, attention_of, head_features(model.config.to_dict())),
+            neurons=_widths(model, plain, feed_forward_of, 1),
         )
 
     def specs(self) -> list[WeightSpec]:
@@ -325,12 +326,15 @@ def _makes_sense(spec: WeightSpec) -> bool:
 
 
 def _widths(
-    model: "PreTrainedModel", part_of: "Callable[[Iterable[str]], tuple[Stack, Part]]", features: int | None
+    model: "PreTrainedModel",
+    plain: "PreTrainedModel",
+    part_of: "Callable[[Iterable[str]], tuple[Stack, Part]]",
+    features: int | None,
 ) -> list[int] | None:
-    """How many units, of so many inputs each, a part of every layer has; None where the model's own config makes the same, or no part is
-    known, of which nobody narrows a layer then."""
+    """How many units, of so many inputs each, a part of every layer has; None where `plain`, which the model's own config makes, has the
+    same, or no part is known, of which nobody narrows a layer then."""
     try:
-        ours, said = (_columns(each, part_of) for each in (model, built(model)))
+        ours, said = (_columns(each, part_of) for each in (model, plain))
     except UnsupportedModel:
         return None
     return None if ours == said or features is None else [cols // features for cols in ours]
