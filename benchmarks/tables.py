@@ -302,7 +302,8 @@ def reload(rows: Sequence[Row]) -> str:
     written = {row["written_tokens"] for row in rows} - {0}
     if written:
         note += f" Of SmolLM2-135M {max(written)} tokens that it wrote after each of {len(small.TEXTS)} texts were compared, too."
-    return "\n\n".join([table(titles, cells), note, made_by("reload", rows)])
+    made = [command("reload"), *([f"{command('reload')} --decoder"] if written else [])]
+    return "\n\n".join([table(titles, cells), note, made_with(made, rows)])
 
 
 def kill(rows: Sequence[Row]) -> str:

@@ -159,7 +159,7 @@ class NarrowingPass(Pass):
         super().__post_init__()
         if isinstance(self.keep, list):
             object.__setattr__(self, "keep", tuple(self.keep))  # a list would make the pass unhashable
-        for share in self.keep if isinstance(self.keep, tuple) else (self.keep,):
+        for share in self._asked:
             within("keep", share, 0.0, 1.0, above=True)
         whole("samples", self.samples, 1)
         whole("batch_size", self.batch_size, 1)
@@ -173,8 +173,13 @@ class NarrowingPass(Pass):
         )
 
     @property
+    def _asked(self) -> tuple[float, ...]:
+        """The share of every layer, or the one that is all layers'."""
+        return self.keep if isinstance(self.keep, tuple) else (self.keep,)
+
+    @property
     def _does_nothing(self) -> bool:
-        return {1.0}.issuperset(self.keep if isinstance(self.keep, tuple) else (self.keep,))
+        return {*self._asked} == {1.0}
 
     @abstractmethod
     def _part(self, paths: Iterable[str]) -> tuple[Stack, Part]:
@@ -255,7 +260,7 @@ class NarrowingPass(Pass):
         """The share that stays of the units of every layer, by the id of the weight out of them. Raises SettingError where there is not one
         for each layer, or layers that share their weights have unlike ones."""
         stack, part = self._part(path for several in paths.values() for path in several)
-        shares = self.keep if isinstance(self.keep, tuple) else (self.keep,) * stack.count
+        shares = self._asked if isinstance(self.keep, tuple) else self._asked * stack.count
         if len(shares) != stack.count:
             raise SettingError(
                 f"{self.name}: keep={self.keep} has {len(shares)} shares for {stack.count} layers: give one for each, or one number for all"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import stackcomp as sc
 from benchmarks import (
@@ -283,7 +284,17 @@ def test_reload_compares_what_a_decoder_writes(rows, tokenizer, tmp_path, monkey
     )
     assert reload.fine(row)
     rows.add(row)
-    assert "4 tokens that it wrote after each of 2 texts were compared" in tables.reload(rows.read())
+    said = tables.reload(rows.read())
+    assert "4 tokens that it wrote after each of 2 texts were compared" in said
+    assert "and `python -m benchmarks.reload --decoder` on" in said
+    monkeypatch.setattr(
+        reloaded, "answers_of", lambda *given: [*reload.answers_of(*given)[:1], torch.zeros(1)]
+    )
+    assert not reload.fine(
+        reload.judge(
+            "another", sc.Pipeline(sc.Int8Weights()), decoder, toys.language_task(), tmp_path / "b", seed=0
+        )
+    )
 
 
 def test_reload_covers_every_registered_pass_and_the_stack():

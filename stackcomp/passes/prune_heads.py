@@ -47,7 +47,7 @@ class PruneHeads(NarrowingPass):
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         super().examine(weights)
         _, part = self._part(path for weight in weights for path in weight.paths)
-        if isinstance(self.keep, tuple) and len({*self.keep}) > 1 and part.bias in {w.id for w in weights}:
+        if len({*self._asked}) > 1 and part.bias in {weight.id for weight in weights}:
             raise SettingError(
                 f"{self.name}: keep={self.keep}, and all layers add one bias by head, {part.bias}: give one share for all"
             )
