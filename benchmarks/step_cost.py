@@ -57,7 +57,7 @@ def starts(model: Any, inputs: Any, ids: list[str]) -> dict[str, Any]:
             flat = given[0].flatten(0, -2)
             moment = data.SecondMoment(total=flat.T @ flat, mean=flat.mean(0), count=len(flat))
             metric, mean = data.input_metric(handles[id_], moment, damping=1e-3)
-            found[id_] = training.Start(metric=metric, mean=mean)
+            found[id_] = training.Start(inputs=metric, mean=mean)
 
         hooks.append(handles[id_].modules[0].register_forward_hook(note))
     with torch.no_grad():

@@ -64,6 +64,42 @@ class Layer:
         return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Which errors of a weight count: `inputs` and `outputs` as in `Layer`, plain where they are None; `mean`: of the inputs (m), where the
+    layer's bias is to take up the mean of an error."""
+
+    inputs: "Whitener | None" = None
+    outputs: "Whitener | None" = None
+    mean: "torch.Tensor | None" = None
+
+
+def metrics(
+    model: "PreTrainedModel",
+    handles: "Mapping[str, nn.WeightHandle]",
+    context: "Context",
+    *,
+    samples: int,
+    damping: float,
+    sensitivity: bool,
+) -> dict[str, Metric]:
+    """The metric of each weight on `samples` calibration texts, with the gradients at its outputs where `sensitivity` is asked for."""
+    modules = {id_: handle.modules for id_, handle in handles.items()}
+    text = data.Calibration.of(context, samples)
+    moments = text.second_moments(model, modules, progress=context.progress)
+    gradients: dict[str, Any] = {}
+    if sensitivity:
+        some = data.Calibration.of(context, samples, first=SENSITIVITY_TEXTS)
+        gradients = data.gradient_moments(some, model, modules, seed=context.seed, progress=context.progress)
+    found: dict[str, Metric] = {}
+    for id_, handle in handles.items():
+        inputs, mean = data.input_metric(handle, moments[id_], damping=damping)
+        moment = gradients.get(id_)
+        outputs = None if moment is None else ops.whitener(moment, damping=10 * damping)
+        found[id_] = Metric(inputs=inputs, outputs=outputs, mean=mean)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FactorizingPass(Pass):
     """A pass that replaces weights by factors under one budget for all of them.
@@ -231,37 +267,27 @@ class FactorizingPass(Pass):
     ) -> "tuple[dict[str, Layer], dict[str, torch.Tensor]]":
         """The selected weights with their metrics, and the mean input of those whose bias can take up a mean
         error."""
-        import torch
-
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
-        modules = {id_: handle.modules for id_, handle in handles.items()}
-        moments: dict[str, Any] = {}
-        gradients: dict[str, Any] = {}
+        found = dict.fromkeys(handles, Metric())
         if self.data_aware:
-            text = data.Calibration.of(context, self.samples)
-            moments = text.second_moments(model, modules, progress=context.progress)
-            if self.sensitivity:
-                some = data.Calibration.of(context, self.samples, first=SENSITIVITY_TEXTS)
-                gradients = data.gradient_moments(
-                    some, model, modules, seed=context.seed, progress=context.progress
-                )
-        layers: dict[str, Layer] = {}
-        means: dict[str, torch.Tensor] = {}
-        for id_, handle in handles.items():
-            inputs = outputs = None
-            if id_ in moments:
-                inputs, mean = data.input_metric(handle, moments[id_], damping=self.damping)
-                if mean is not None:
-                    means[id_] = mean
-            if gradients.get(id_) is not None:
-                outputs = ops.whitener(gradients[id_], damping=10 * self.damping)
-            weight = handle.dense()
-            layers[id_] = Layer(
-                weight=weight.float(),
-                inputs=inputs,
-                outputs=outputs,
+            found |= metrics(
+                model,
+                handles,
+                context,
+                samples=self.samples,
+                damping=self.damping,
+                sensitivity=self.sensitivity,
+            )
+        layers = {
+            id_: Layer(
+                weight=handle.dense().float(),
+                inputs=found[id_].inputs,
+                outputs=found[id_].outputs,
                 value_bytes=(self.value_bits or handle.spec.matrices["weight"].bits) / 8,
             )
+            for id_, handle in handles.items()
+        }
+        means = {id_: metric.mean for id_, metric in found.items() if metric.mean is not None}
         return layers, means
 
 

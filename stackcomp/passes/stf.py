@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from stackcomp import data, nn, ops, training
+from stackcomp import nn, ops, training
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.settings import one_of, whole, within
+from stackcomp.layerwise import Metric, metrics
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class STF(LearnedForm):
     projection plus what W has moved since. The rate falls to 0 (schedule), so that the last projection takes nothing
     away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
-    in the plain one.
+    in the plain one. sensitivity: and of the gradients at their outputs; give it where DenseSparse has it, as it has by itself.
     value_bits: bits that a value will take in the end, where a later pass rounds it: give what DenseSparse was given, so that projections,
     too, are made to be rounded.
     latent: what W starts as. "dense", the weight as it came, as in the paper: supports move from the first projection
@@ -50,6 +51,7 @@ class STF(LearnedForm):
     every: int = 16
     latent: Literal["product", "dense"] = "product"
     data_aware: bool = True
+    sensitivity: bool = False
     samples: int = 1024
     damping: float = 1e-3
     value_bits: float | None = None
@@ -123,16 +125,26 @@ class STF(LearnedForm):
         """Where every weight starts."""
         dense = self._dense(context, handles)
         noise = ops.rounding_noise(self.value_bits)
-        if not self.data_aware:
-            return {id_: training.Start(dense=dense.get(id_), noise=noise) for id_ in handles}
-        text = data.Calibration.of(context, self.samples)
-        modules = {id_: handle.modules for id_, handle in handles.items()}
-        moments = text.second_moments(model, modules, progress=context.progress)
-        starts: dict[str, Start] = {}
-        for id_, handle in handles.items():
-            metric, mean = data.input_metric(handle, moments[id_], damping=self.damping)
-            starts[id_] = training.Start(metric=metric, mean=mean, dense=dense.get(id_), noise=noise)
-        return starts
+        found = dict.fromkeys(handles, Metric())
+        if self.data_aware:
+            found |= metrics(
+                model,
+                handles,
+                context,
+                samples=self.samples,
+                damping=self.damping,
+                sensitivity=self.sensitivity,
+            )
+        return {
+            id_: training.Start(
+                inputs=metric.inputs,
+                outputs=metric.outputs,
+                mean=metric.mean,
+                dense=dense.get(id_),
+                noise=noise,
+            )
+            for id_, metric in found.items()
+        }
 
 
 def _project(latents: "dict[str, Latent]") -> float:

@@ -33,11 +33,12 @@ WARM_STEPS = 3  # conjugate gradient steps of a projection: the last one is near
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a latent weight starts, beside its factors. metric: of the layer's inputs, plain without one; mean: of these inputs, where
-    the layer's bias takes up the mean of what a projection changes; dense: what W starts as, where that is not S D; noise: what rounding
-    will do to the factors, in share of their mean square."""
+    """Where a latent weight starts, beside its factors. inputs, outputs: the metric of projections, of the layer's inputs and of the
+    gradients at its outputs, plain without them; mean: of these inputs, where the layer's bias takes up the mean of what a projection
+    changes; dense: what W starts as, where that is not S D; noise: what rounding will do to the factors, in share of their mean square."""
 
-    metric: Whitener | None = None
+    inputs: Whitener | None = None
+    outputs: Whitener | None = None
     mean: Tensor | None = None
     dense: Tensor | None = None
     noise: float = 0.0
@@ -70,7 +71,8 @@ class Latent(nn.Module):
             blocks=blocks,
             groups=spans // blocks,
             transposed=factors.transposed,
-            inputs=start.metric,
+            inputs=start.inputs,
+            outputs=start.outputs,
             noise=start.noise,
             start=factors,
         )

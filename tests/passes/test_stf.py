@@ -84,13 +84,43 @@ def test_the_bias_takes_up_the_mean_of_what_a_projection_changes():
     weight, inputs = noise(24, 16), noise(500, 16, 1) + 3.0
     mean, bias = inputs.mean(0), torch.nn.Parameter(torch.zeros(24))
     metric = ops.whitener((inputs - mean).T @ (inputs - mean) / 500, damping=1e-4)
-    start = Start(metric=metric, mean=mean, dense=weight)
+    start = Start(inputs=metric, mean=mean, dense=weight)
     latent = Latent(dense_sparse(weight, atoms=6, nonzeros=2, sweeps=1), start, bias)
     before = (latent() @ mean).detach()
     latent.project()
     assert float((latent().detach() @ mean - before).abs().max()) > 0.1
     torch.testing.assert_close((latent() @ mean + bias).detach(), before, atol=1e-4, rtol=1e-4)
     assert [name for name, _ in latent.named_parameters()] == ["weight"]
+
+
+def test_a_projection_is_in_the_metric_of_gradients_where_there_is_one(tokenizer, tmp_path, monkeypatch):
+    starts: dict[bool, dict[str, Start]] = {}
+
+    def keep(step, found):
+        starts[step.sensitivity] = found
+        raise toys.Killed
+
+    for sensitivity in (False, True):
+        model = toys.bert_classifier()
+        apply(START, model, tokenizer, tmp_path)
+        step = sc.STF(**QUICK, latent="dense", sensitivity=sensitivity)
+        monkeypatch.setattr(training, "straightened", lambda _, found, step=step: keep(step, found))
+        with pytest.raises(toys.Killed):
+            apply_to(model, step, tokenizer, tmp_path / f"scratch-{sensitivity}")
+    assert all(start.inputs and start.outputs is None for start in starts[False].values())
+    assert all(start.inputs and start.outputs for start in starts[True].values())
+
+    id_, start = next(iter(starts[True].items()))
+    weight = start.dense
+    metrics = {"inputs": start.inputs, "outputs": start.outputs}
+    factors = dense_sparse(weight, atoms=6, nonzeros=2, sweeps=1, inputs=start.inputs)
+    errors = {}
+    for sensitivity, found in starts.items():
+        latent = Latent(factors, found[id_])
+        for _ in range(3):
+            latent.project()
+        errors[sensitivity] = ops.metric_error((weight - latent()).detach(), **metrics)
+    assert errors[True] < 0.95 * errors[False]
 
 
 def left_out(latent: Latent) -> float:
@@ -183,9 +213,11 @@ def support(model, id_) -> torch.Tensor:
     return nn.weights(model)[id_].modules[0].matrices["coefficients"].mask()
 
 
-@pytest.mark.parametrize(("stop", "latent"), [(2, "dense"), (5, "product"), (8, "dense")])
-def test_a_killed_run_resumes_to_the_same_weights(stop, latent, tokenizer, tmp_path):
-    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2, latent=latent)
+@pytest.mark.parametrize(
+    ("stop", "latent", "sensitivity"), [(2, "dense", False), (5, "product", False), (8, "dense", True)]
+)
+def test_a_killed_run_resumes_to_the_same_weights(stop, latent, sensitivity, tokenizer, tmp_path):
+    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2, latent=latent, sensitivity=sensitivity)
 
     def run(scratch, progress):
         model = toys.bert_classifier()
