@@ -55,6 +55,10 @@ class Layer:
         """Bytes of the dense weight."""
         return int(self.weight.numel() * self.value_bytes)
 
+    def error(self, factors: "DenseSparseFactors") -> float:
+        """What the factors leave of the weight, in its metric."""
+        return ops.metric_error(self.weight - factors.product(), inputs=self.inputs, outputs=self.outputs)
+
     @cached_property
     def scale(self) -> float:
         """What errors are divided by to compare layers: 1 where the metric reaches to the model's output,
@@ -141,8 +145,8 @@ class FactorizingPass(Pass):
         """Ways to store each layer, with their bytes, predicted error in the layer's metric, and choice."""
 
     @abstractmethod
-    def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
-        """The factors of the layer for a choice."""
+    def _build(self, layer: Layer, choice: Any, seed: int) -> "tuple[DenseSparseFactors, Any]":
+        """The factors of the layer for a choice, and that choice, or one of no more bytes that turned out better."""
 
     @abstractmethod
     def _smallest(self, rows: int, cols: int) -> float:
@@ -199,19 +203,21 @@ class FactorizingPass(Pass):
             ]
             for id_, priced in self._price(layers, context).items()
         }
+        built: dict[str, Any] = {}
         taken = self._share(candidates, layers)
-        findings: dict[str, str] = {}
         for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
-            choice = taken[id_].choice
-            if choice is None:
-                findings[id_] = f"{LEFT_DENSE}: too small to gain, or better spent elsewhere"
-                continue
-            factors = self._build(layer, choice, context.seed)
-            _replace(model, id_, layer, factors, means.get(id_))
-            findings[id_] = (
-                f"{choice}, {layer.size_bytes / taken[id_].size_bytes:.2f}x{self._fallback(layer)}"
-            )
-        return {"layers": findings}
+            if taken[id_].choice is not None:
+                factors, built[id_] = self._build(layer, taken[id_].choice, context.seed)
+                _replace(model, id_, layer, factors, means.get(id_))
+        after = nn.weights(model)
+        return {
+            "layers": {
+                id_: f"{built[id_]}, {layer.size_bytes / self.counted(after[id_].spec):.2f}x{self._fallback(layer)}"
+                if id_ in built
+                else f"{LEFT_DENSE}: too small to gain, or better spent elsewhere"
+                for id_, layer in layers.items()
+            }
+        }
 
     def _fallback(self, layer: Layer) -> str:
         """What to say of a moment of inputs that had to be damped more than was asked for."""

@@ -1,7 +1,7 @@
 """Dense-sparse factorization, after training."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import log
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -92,8 +92,8 @@ class DenseSparse(FactorizingPass):
     """Replace each selected weight by a small dense basis times a sparse matrix of coefficients: W ~ S D.
 
     Every row of W becomes a mix of a few of b shared directions. Atoms b and non-zeros s are chosen per layer
-    under one ratio, with low rank (every coefficient kept, no index to store) among the choices, so that
-    dense-sparse never loses to it.
+    under one ratio, with low rank (every coefficient kept, no index to store) among the choices; a layer whose
+    factors turn out worse than low rank of as many bytes takes that, unless value_bits are said.
 
     ratio, data_aware, sensitivity, samples, damping, spread, value_bits: as in every factorization. atoms, nonzeros:
     b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. groups: the atoms of a
@@ -196,30 +196,39 @@ class DenseSparse(FactorizingPass):
                 "groups": self.groups,
             }
             size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
-            return [ops.Candidate(size_bytes=size, error=0.0, choice=shape)]
+            return [ops.Candidate(size_bytes=size, error=0.0, choice=_Choice(shape=shape))]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
-        candidates: list[Candidate] = []
-        for tried in self._tried(form, layer.value_bytes):
-            if tried.rank:
-                size = ops.low_rank_bytes(form.rows, form.columns, tried.rank, value_bytes=layer.value_bytes)
-                candidates.append(
-                    ops.Candidate(
-                        size_bytes=size, error=float(errors[tried.rank]), choice={"rank": tried.rank}
-                    )
-                )
+        tries = list(self._tried(form, layer.value_bytes))
+        low_rank = [
+            ops.Candidate(
+                size_bytes=ops.low_rank_bytes(
+                    form.rows, form.columns, tried.rank, value_bytes=layer.value_bytes
+                ),
+                error=float(errors[tried.rank]),
+                choice=_Choice(rank=tried.rank, error=float(errors[tried.rank])),
+            )
+            for tried in tries
+            if tried.rank
+        ]
+        sparse: list[Candidate] = []
+        for tried in tries:
             for shape in tried.shapes:
                 # an error is that of a shape, and gains were measured where values have their own bits
                 alike = tried.ratio if self.value_bits is None else form.ratio(**shape)
                 gain = _interpolated(form.kind.gains, alike)
                 if gain < 1:
-                    stored = ops.dense_sparse_bytes(
+                    size = ops.dense_sparse_bytes(
                         form.rows, form.columns, value_bytes=layer.value_bytes, **shape
                     )
                     reached = tried.rank if self.value_bits is None else form.rank(alike)
-                    candidates.append(
-                        ops.Candidate(size_bytes=stored, error=gain * float(errors[reached]), choice=shape)
-                    )
-        return candidates
+                    choice = _Choice(shape=shape)
+                    if self.value_bits is None:  # errors do not tell what rounding will make of both
+                        rivals = (option for option in low_rank if option.size_bytes <= size)
+                        rival = min(rivals, key=lambda option: option.error, default=None)
+                        choice = replace(rival.choice, shape=shape) if rival else choice
+                    error = gain * float(errors[reached])
+                    sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
+        return [*low_rank, *sparse]
 
     def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
         """The ratios at which a weight is priced, and what has about that size."""
@@ -273,18 +282,28 @@ class DenseSparse(FactorizingPass):
     def undetermined(self) -> str:
         return "" if self.atoms else super().undetermined
 
-    def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
-        rank = choice.get("rank")
-        return ops.dense_sparse(
+    def _build(self, layer: Layer, choice: Any, seed: int) -> "tuple[DenseSparseFactors, Any]":
+        if choice.shape:
+            factors = ops.dense_sparse(
+                layer.weight,
+                **choice.shape,
+                transposed=self._form(*layer.weight.shape).turned,
+                inputs=layer.inputs,
+                outputs=layer.outputs,
+                noise=ops.rounding_noise(self.value_bits),
+                sweeps=self.sweeps,
+                seed=seed,
+            )
+            if not choice.rank or layer.error(factors) <= choice.error:
+                return factors, choice
+        low_rank = ops.dense_sparse(
             layer.weight,
-            **({"atoms": rank, "nonzeros": rank} if rank else choice),
-            transposed=not rank and self._form(*layer.weight.shape).turned,
+            atoms=choice.rank,
+            nonzeros=choice.rank,
             inputs=layer.inputs,
             outputs=layer.outputs,
-            noise=ops.rounding_noise(self.value_bits),
-            sweeps=self.sweeps,
-            seed=seed,
         )
+        return low_rank, replace(choice, shape={})
 
     def _form(self, rows: int, cols: int) -> "_Form":
         """How a weight of this shape is factorized."""
@@ -313,6 +332,19 @@ class _Form:
     def rank(self, ratio: float) -> int:
         """The rank at which low rank has this ratio."""
         return int(self.rows * self.columns / ratio / (self.rows + self.columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """A dense-sparse shape, and the low rank of no more bytes that takes its place where its error turns out less; without a shape, that
+    rank; without a rank (0), that shape."""
+
+    shape: Mapping[str, int] = field(default_factory=dict)
+    rank: int = 0
+    error: float = 0.0  # of the low rank
+
+    def __str__(self) -> str:
+        return str(self.shape or {"rank": self.rank})
 
 
 @dataclass(frozen=True, kw_only=True)

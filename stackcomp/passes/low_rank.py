@@ -79,8 +79,9 @@ class LowRank(FactorizingPass):
             {max(1, round(highest * step / steps)) for step in range(1, steps + 1)} if highest else ()
         )
 
-    def _build(self, layer: Layer, choice: Any, seed: int) -> "DenseSparseFactors":
+    def _build(self, layer: Layer, choice: Any, seed: int) -> "tuple[DenseSparseFactors, Any]":
         rank = choice["rank"]
-        return ops.dense_sparse(
+        factors = ops.dense_sparse(
             layer.weight, atoms=rank, nonzeros=rank, inputs=layer.inputs, outputs=layer.outputs
         )
+        return factors, choice

@@ -1,0 +1,50 @@
+"""Which errors of a weight a factorization should keep small: those of the weight itself, of the layer's outputs (the metric of its
+inputs), or of what the model says (that of its inputs and of the gradients at its outputs, which is the default).
+
+    stackcomp study pipelines/dsformer/metrics.py
+
+Dense-sparse and low rank in each, without a step of training, and in the last one after the recovery of the table as well, with half of
+its rates, as the start is nearer. STS-B, one seed. Rows in docs/results/metrics.jsonl.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from recipes import BLOCKS, BUDGETS, FROZEN, RATE, STF_RATE, entry, stf, tuned
+
+import stackcomp as sc
+
+RATIOS = (3.57, 5.0)
+METRICS: Mapping[str, Mapping[str, Any]] = {
+    "inputs and gradients": {"samples": 1024},
+    "inputs": {"samples": 1024, "sensitivity": False},
+    "weights": {"data_aware": False},
+}
+
+
+def methods(ratio: float) -> Iterator[tuple[str, sc.Pipeline]]:
+    """Every method at a ratio, those that are trained first."""
+    budget = BUDGETS["stsb"]
+    recovery = sc.Distill(**budget.learning | {"learning_rate": RATE / 2}, skip=FROZEN)
+    for metric, settings in METRICS.items():
+        low_rank = sc.LowRank(ratio=ratio, only=BLOCKS, **settings)
+        dense_sparse = sc.DenseSparse(ratio=ratio, only=BLOCKS, sweeps=12, **settings)
+        yield f"low rank, {metric}", sc.Pipeline(low_rank)
+        yield f"dense-sparse, {metric}", sc.Pipeline(dense_sparse)
+        if "sensitivity" not in settings and "data_aware" not in settings:
+            learned = stf(budget, learning_rate=STF_RATE / 2, sensitivity=True)
+            yield f"low rank, {metric}, distilled", sc.Pipeline(low_rank, recovery)
+            yield f"dense-sparse, {metric}, distilled", sc.Pipeline(dense_sparse, recovery)
+            yield f"STF, {metric}", sc.Pipeline(dense_sparse, learned)
+
+
+def entries() -> Iterator[sc.Entry]:
+    """One row a method and ratio."""
+    dense = tuned("stsb", 0)
+    yield dense
+    for ratio in RATIOS:
+        for method, pipeline in methods(ratio):
+            yield entry(dense, method, ratio, pipeline)
+
+
+study = sc.Study(name="metrics", entries=tuple(entries()))
