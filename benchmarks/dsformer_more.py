@@ -1,4 +1,4 @@
-"""The smaller studies of DSFormer as Markdown: its options (options.py), and on a decoder (decoder.py).
+"""The smaller studies of DSFormer as Markdown: its options (options.py), the metrics of errors (metrics.py), and on a decoder (decoder.py).
 
 Each is a grid of scores: a line a method or option, a column a budget or task. Only finished rows count.
 """
@@ -14,6 +14,12 @@ AS_IN_TABLE = "as in the table"
 OPTIONS = """\
 One option of STF changed at a time, at an encoder compression of 3.57x; one seed. *Behind* is the score less that of the recipe of the
 table."""
+
+METRICS = """\
+A factorization keeps small the errors of the weight itself, of the layer's outputs (*inputs*), or of what the model says (*inputs and
+gradients*, no label read; this is what `DenseSparse` and `LowRank` do unless told otherwise, while the tables above have *inputs*, as
+published methods do). STS-B, one seed. Nothing is trained, but where it says *distilled* or STF: those have the steps of the tables, at
+half of their rates."""
 
 DECODER = """\
 SmolLM2-135M after factorizing alone: no gradient step, the same calibration text and the same bytes for both. Figures are perplexities
@@ -36,6 +42,26 @@ def options(rows: Sequence[Row]) -> str:
     tasks = _labels(done, "task")
     grid = _grid(done, "method", "task", cell, [TASKS[task] for task in tasks], tasks)
     return "\n\n".join([OPTIONS, grid, made_by("options", done)])
+
+
+def metrics(rows: Sequence[Row]) -> str:
+    """A line a method and metric: its score at each ratio, and how far it is from the dense model."""
+    done = _finished(rows)
+    dense = [row for row in done if row["labels"]["method"] == "dense"]
+    compressed = [row for row in done if row not in dense]
+    if not dense or not compressed:
+        return not_run("metrics")
+
+    def cell(row: Row) -> str:
+        return (
+            f"{plus_minus(row['score'], row['noise'])} "
+            f"({plus_minus(row['difference'], row['difference_noise'], signed=True)})"
+        )
+
+    ratios = sorted(_labels(compressed, "ratio"))
+    grid = _grid(compressed, "method", "ratio", cell, [f"encoder {ratio:g}x" for ratio in ratios], ratios)
+    words = f"The dense model: {plus_minus(dense[0]['score'], dense[0]['noise'])}; in brackets the difference to it."
+    return "\n\n".join([METRICS, grid, words, made_by("metrics", done)])
 
 
 def decoder(rows: Sequence[Row]) -> str:

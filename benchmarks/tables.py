@@ -25,6 +25,7 @@ def command(name: str) -> str:
         "stacked": "pipelines/dsformer/stacked.py",
         "low_bit": "pipelines/dsformer/low_bit.py",
         "options": "pipelines/dsformer/options.py",
+        "metrics": "pipelines/dsformer/metrics.py",
         "decoder": "pipelines/dsformer/decoder.py",
         "catalogue": "pipelines/studies/catalogue.py",
         "decoder_catalogue": "pipelines/studies/decoder_catalogue.py",

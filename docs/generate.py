@@ -232,7 +232,7 @@ def results() -> str:
 
 
 def dsformer_study() -> str:
-    """DSFormer against everything it is compared with, on top of it, in few bits, its options, and on a decoder."""
+    """DSFormer against everything it is compared with, on top of it, in few bits, its options, its metrics, and on a decoder."""
     return "\n\n".join(
         [
             dsformer.page(REPORT.dsformer(), picture("dsformer")),
@@ -242,6 +242,8 @@ def dsformer_study() -> str:
             low_bit.section(REPORT.low_bit(), picture("low_bit")),
             "## Options of STF",
             dsformer_more.options(REPORT.rows("options")),
+            "## The metric of errors",
+            dsformer_more.metrics(REPORT.rows("metrics")),
             "## A decoder",
             dsformer_more.decoder(REPORT.rows("decoder")),
         ]
