@@ -77,7 +77,7 @@ def factorized(ratio: float, **settings: object) -> sc.Pass:
 
 def stf(budget: Budget, **settings: object) -> sc.Pass:
     """The straight-through steps, as many as every other method gets, from the dense weights that were factorized."""
-    said = {**budget.learning, "learning_rate": STF_RATE, "latent": "dense", **settings}
+    said = {**budget.learning, "learning_rate": STF_RATE, "latent": "dense", "sensitivity": False, **settings}
     return sc.STF(**said, only=BLOCKS, frozen=FROZEN)
 
 

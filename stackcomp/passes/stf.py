@@ -32,7 +32,7 @@ class STF(LearnedForm):
     projection plus what W has moved since. The rate falls to 0 (schedule), so that the last projection takes nothing
     away.
     data_aware: project in the metric of the layers' inputs on `samples` calibration texts, with `damping`; without it,
-    in the plain one. sensitivity: and of the gradients at their outputs; give it where DenseSparse has it, as it has by itself.
+    in the plain one. sensitivity: and of the gradients at their outputs; give both what DenseSparse was given.
     value_bits: bits that a value will take in the end, where a later pass rounds it: give what DenseSparse was given, so that projections,
     too, are made to be rounded.
     latent: what W starts as. "dense", the weight as it came, as in the paper: supports move from the first projection
@@ -51,7 +51,7 @@ class STF(LearnedForm):
     every: int = 16
     latent: Literal["product", "dense"] = "product"
     data_aware: bool = True
-    sensitivity: bool = False
+    sensitivity: bool = True
     samples: int = 1024
     damping: float = 1e-3
     value_bits: float | None = None
