@@ -44,24 +44,28 @@ def factorized_copy(model: Any, seed: int) -> Any:
     return made
 
 
-def starts(model: Any, inputs: Any, ids: list[str]) -> dict[str, Any]:
-    """Where each weight starts: the metric of its inputs on the batch, as the pass has it."""
-    import torch
-
-    from stackcomp import data, nn, training
+def starts(model: Any, batch: Any, ids: list[str]) -> dict[str, Any]:
+    """Where each weight starts: the metric of its inputs, and of the gradients at its outputs, on the batch, as the pass has it."""
+    from stackcomp import data, nn, ops, training
 
     handles, found, hooks = nn.weights(model), {}, []
     for id_ in ids:
 
-        def note(_: Any, given: Any, __: Any, id_: str = id_) -> None:
-            flat = given[0].flatten(0, -2)
+        def note(_: Any, given: Any, made: Any, id_: str = id_) -> None:
+            flat = given[0].detach().flatten(0, -2)
             moment = data.SecondMoment(total=flat.T @ flat, mean=flat.mean(0), count=len(flat))
             metric, mean = data.input_metric(handles[id_], moment, damping=1e-3)
-            found[id_] = training.Start(inputs=metric, mean=mean)
+
+            def start(gradient: Any) -> None:
+                rows = gradient.flatten(0, -2)
+                outputs = ops.whitener(rows.T @ rows / len(rows), damping=1e-2)
+                found[id_] = training.Start(inputs=metric, outputs=outputs, mean=mean)
+
+            made.register_hook(start)
 
         hooks.append(handles[id_].modules[0].register_forward_hook(note))
-    with torch.no_grad():
-        model(**inputs)
+    model(**batch).loss.backward()
+    model.zero_grad()
     for hook in hooks:
         hook.remove()
     return found
@@ -99,7 +103,7 @@ def measure(model: Any, inputs: Any, *, steps: int, rounds: int, seed: int) -> d
     other = factorized_copy(model, seed)
     chosen = [id_ for id_, handle in nn.weights(other).items() if training.projects(handle)]
     times: list[tuple[float, float, float]] = []
-    with training.straightened(other, starts(other, inputs, chosen)) as latents:
+    with training.straightened(other, starts(other, batch, chosen)) as latents:
         plain, ours = stepper(model, batch), stepper(other, batch)
 
         def project() -> None:
