@@ -84,7 +84,7 @@ class STF(LearnedForm):
         if not chosen:
             raise NothingToCompress(
                 f"STF: none of the {len(handles)} selected weights is dense-sparse (all were left low rank or dense): "
-                "ask DenseSparse for a higher ratio, or use Distill"
+                "ask DenseSparse for a higher ratio or more sweeps, or use Distill"
             )
         changed: list[float] = []
         starts = self._starts(model, context, {id_: handles[id_] for id_ in chosen})
