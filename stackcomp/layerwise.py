@@ -38,16 +38,23 @@ SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers wel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A weight (n x m) with the metric of its errors: `inputs` the moment of what flows in, `outputs` that of
-    the gradients flowing back.
+class Metric:
+    """Which errors of a weight (n x m) count: `inputs` the moment of what flows in, `outputs` that of the gradients flowing back, plain
+    where they are None; `mean`: of what flows in (m), where the layer's bias is to take up the mean of an error."""
+
+    inputs: "Whitener | None" = None
+    outputs: "Whitener | None" = None
+    mean: "torch.Tensor | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Metric):
+    """A weight (n x m) with the metric of its errors.
 
     size_bytes: of the dense weight; value_bytes: of one value, as it is priced.
     """
 
     weight: "torch.Tensor"
-    inputs: "Whitener | None"
-    outputs: "Whitener | None"
     value_bytes: float
 
     @property
@@ -68,17 +75,7 @@ class Layer:
         return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """Which errors of a weight count: `inputs` and `outputs` as in `Layer`, plain where they are None; `mean`: of the inputs (m), where the
-    layer's bias is to take up the mean of an error."""
-
-    inputs: "Whitener | None" = None
-    outputs: "Whitener | None" = None
-    mean: "torch.Tensor | None" = None
-
-
-def metrics(
+def error_metrics(
     model: "PreTrainedModel",
     handles: "Mapping[str, nn.WeightHandle]",
     context: "Context",
@@ -191,7 +188,7 @@ class FactorizingPass(Pass):
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.ratio == 1.0:
             return {}
-        layers, means = self._layers(model, context)
+        layers = self._layers(model, context)
         candidates = {
             id_: [
                 ops.Candidate(size_bytes=layers[id_].size_bytes, error=0.0, choice=None),
@@ -208,7 +205,7 @@ class FactorizingPass(Pass):
         for id_, layer in context.progress(layers.items(), label="factorizing", total=len(layers)):
             if taken[id_].choice is not None:
                 factors, built[id_] = self._build(layer, taken[id_].choice, context.seed)
-                _replace(model, id_, layer, factors, means.get(id_))
+                _replace(model, id_, layer, factors)
         after = nn.weights(model)
         return {
             "layers": {
@@ -268,15 +265,12 @@ class FactorizingPass(Pass):
         ratio = sum(layers[id_].size_bytes for id_ in able) / max(left, 1)
         return {id_: keeping(id_, ratio) or options[:1] for id_, options in candidates.items()}
 
-    def _layers(
-        self, model: "PreTrainedModel", context: "Context"
-    ) -> "tuple[dict[str, Layer], dict[str, torch.Tensor]]":
-        """The selected weights with their metrics, and the mean input of those whose bias can take up a mean
-        error."""
+    def _layers(self, model: "PreTrainedModel", context: "Context") -> dict[str, Layer]:
+        """The selected weights with their metrics."""
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
         found = dict.fromkeys(handles, Metric())
         if self.data_aware:
-            found |= metrics(
+            found |= error_metrics(
                 model,
                 handles,
                 context,
@@ -284,17 +278,14 @@ class FactorizingPass(Pass):
                 damping=self.damping,
                 sensitivity=self.sensitivity,
             )
-        layers = {
+        return {
             id_: Layer(
+                **vars(found[id_]),
                 weight=handle.dense().float(),
-                inputs=found[id_].inputs,
-                outputs=found[id_].outputs,
                 value_bytes=(self.value_bits or handle.spec.matrices["weight"].bits) / 8,
             )
             for id_, handle in handles.items()
         }
-        means = {id_: metric.mean for id_, metric in found.items() if metric.mean is not None}
-        return layers, means
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -370,13 +361,7 @@ class WeightedSVDPass(Pass):
         }
 
 
-def _replace(
-    model: "PreTrainedModel",
-    id_: str,
-    layer: Layer,
-    factors: "DenseSparseFactors",
-    mean: "torch.Tensor | None",
-) -> None:
+def _replace(model: "PreTrainedModel", id_: str, layer: Layer, factors: "DenseSparseFactors") -> None:
     """Put the factors in the place of the weight; its bias takes up the mean of the error, E[(W - W') x]."""
     import torch
 
@@ -389,8 +374,8 @@ def _replace(
         support=factors.support if sparse else None,
         transposed=factors.transposed,
     )
-    if mean is not None:
+    if layer.mean is not None:
         (module,) = nn.weights(model)[id_].modules
         bias: Any = module.bias
         with torch.no_grad():
-            bias += ((layer.weight - factors.product()) @ mean).to(bias)
+            bias += ((layer.weight - factors.product()) @ layer.mean).to(bias)

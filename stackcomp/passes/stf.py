@@ -9,7 +9,7 @@ from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.settings import one_of, whole, within
-from stackcomp.layerwise import Metric, metrics
+from stackcomp.layerwise import Metric, error_metrics
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class STF(LearnedForm):
         noise = ops.rounding_noise(self.value_bits)
         found = dict.fromkeys(handles, Metric())
         if self.data_aware:
-            found |= metrics(
+            found |= error_metrics(
                 model,
                 handles,
                 context,
@@ -136,13 +136,7 @@ class STF(LearnedForm):
                 sensitivity=self.sensitivity,
             )
         return {
-            id_: training.Start(
-                inputs=metric.inputs,
-                outputs=metric.outputs,
-                mean=metric.mean,
-                dense=dense.get(id_),
-                noise=noise,
-            )
+            id_: training.Start(**vars(metric), dense=dense.get(id_), noise=noise)
             for id_, metric in found.items()
         }
 
