@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import combined, smallest
-from benchmarks.comparison import DENSE, Comparison
+from benchmarks.comparison import DENSE, Comparison, Curve, at_equal_score
 from benchmarks.dsformer import RATIO, STF
 from benchmarks.tables import plus_minus
 from stackcomp.studies.rows import Row
@@ -72,9 +72,14 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
     ]
     if gaps:
         verdict = "holds more than" if min(gaps) > 0 else "does not always hold more than"
+        curves = [
+            Curve(points=sorted((ratio, score) for (ratio, mine), score in best.items() if mine is ours))
+            for ours in (True, False)
+        ]
+        equal = at_equal_score(*curves)
         yield (
             f"**Dense-sparse {verdict} low rank in the same bytes:** {min(gaps):+.2f} to {max(gaps):+.2f} points on STS-B without "
-            "training."
+            f"training{f', or {equal.value:.2f} times its compression of the encoder at the same score' if equal.value else ''}."
         )
     ours, theirs = (compared.difference(one, DENSE) for one in ((STF, RATIO), LOW_RANK))
     frozen = compared.difference((STF, RATIO), CONVENTIONAL)
