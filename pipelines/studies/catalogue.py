@@ -64,7 +64,10 @@ def pipelines() -> Iterator[tuple[str, sc.Pass | sc.Pipeline]]:
     yield "2 bits, trained", sc.QuantizationAware(bits=2, **layers, **TRAINED)
     yield "movement pruning, 0.5", sc.MovementPrune(sparsity=0.5, start="magnitude", **layers, **TRAINED)
     factors = sc.DenseSparse(ratio=2.0, sensitivity=False, **text)
-    yield "dense-sparse, 2x, supports learned", sc.Pipeline(factors, sc.STF(sensitivity=False, **layers, **TRAINED))
+    yield (
+        "dense-sparse, 2x, supports learned",
+        sc.Pipeline(factors, sc.STF(sensitivity=False, **layers, **TRAINED)),
+    )
     four = sc.LowBitWeights(bits=4, **layers)
     yield "dense-sparse, 2x > 4 bits > entropy coding", sc.Pipeline(factors, four, sc.EntropyCode())
     yield (
