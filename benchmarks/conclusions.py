@@ -86,7 +86,8 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
     plain = compared.difference(*((f"{method}, plain start", RATIO) for method in (STF, "conventional")))
     if ours and theirs and frozen:
         yield (
-            f"Trained, at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks: {plus_minus(ours.value, ours.half, signed=True)} against "
+            f"Trained, both factorized in the metric of inputs, at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks: "
+            f"{plus_minus(ours.value, ours.half, signed=True)} against "
             f"dense, low rank {plus_minus(theirs.value, theirs.half, signed=True)}. Learning the supports (STF) adds "
             f"{plus_minus(frozen.value, frozen.half, signed=True)} to factors whose supports were chosen on calibration text and frozen"
             + (

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from stackcomp import data, nn, ops
 from stackcomp.core.contract import Contract, Need
@@ -75,28 +75,40 @@ class Layer(Metric):
         return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
 
 
+class MetricSettings(Protocol):
+    """What a pass says of the metric of its errors: see `FactorizingPass`."""
+
+    @property
+    def data_aware(self) -> bool: ...
+    @property
+    def sensitivity(self) -> bool: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def damping(self) -> float: ...
+
+
 def error_metrics(
+    asked: MetricSettings,
     model: "PreTrainedModel",
     handles: "Mapping[str, nn.WeightHandle]",
     context: "Context",
-    *,
-    samples: int,
-    damping: float,
-    sensitivity: bool,
 ) -> dict[str, Metric]:
-    """The metric of each weight on `samples` calibration texts, with the gradients at its outputs where `sensitivity` is asked for."""
+    """The metric of each weight on calibration text, as a pass asks for it."""
+    if not asked.data_aware:
+        return dict.fromkeys(handles, Metric())
     modules = {id_: handle.modules for id_, handle in handles.items()}
-    text = data.Calibration.of(context, samples)
+    text = data.Calibration.of(context, asked.samples)
     moments = text.second_moments(model, modules, progress=context.progress)
     gradients: dict[str, Any] = {}
-    if sensitivity:
-        some = data.Calibration.of(context, samples, first=SENSITIVITY_TEXTS)
+    if asked.sensitivity:
+        some = data.Calibration.of(context, asked.samples, first=SENSITIVITY_TEXTS)
         gradients = data.gradient_moments(some, model, modules, seed=context.seed, progress=context.progress)
     found: dict[str, Metric] = {}
     for id_, handle in handles.items():
-        inputs, mean = data.input_metric(handle, moments[id_], damping=damping)
+        inputs, mean = data.input_metric(handle, moments[id_], damping=asked.damping)
         moment = gradients.get(id_)
-        outputs = None if moment is None else ops.whitener(moment, damping=10 * damping)
+        outputs = None if moment is None else ops.whitener(moment, damping=10 * asked.damping)
         found[id_] = Metric(inputs=inputs, outputs=outputs, mean=mean)
     return found
 
@@ -268,16 +280,7 @@ class FactorizingPass(Pass):
     def _layers(self, model: "PreTrainedModel", context: "Context") -> dict[str, Layer]:
         """The selected weights with their metrics."""
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
-        found = dict.fromkeys(handles, Metric())
-        if self.data_aware:
-            found |= error_metrics(
-                model,
-                handles,
-                context,
-                samples=self.samples,
-                damping=self.damping,
-                sensitivity=self.sensitivity,
-            )
+        found = error_metrics(self, model, handles, context)
         return {
             id_: Layer(
                 **vars(found[id_]),

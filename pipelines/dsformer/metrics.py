@@ -20,6 +20,7 @@ METRICS: Mapping[str, Mapping[str, Any]] = {
     "inputs": {"samples": 1024, "sensitivity": False},
     "weights": {"data_aware": False},
 }
+TRAINED = "inputs and gradients"
 
 
 def methods(ratio: float) -> Iterator[tuple[str, sc.Pipeline]]:
@@ -31,7 +32,7 @@ def methods(ratio: float) -> Iterator[tuple[str, sc.Pipeline]]:
         dense_sparse = sc.DenseSparse(ratio=ratio, only=BLOCKS, sweeps=12, **settings)
         yield f"low rank, {metric}", sc.Pipeline(low_rank)
         yield f"dense-sparse, {metric}", sc.Pipeline(dense_sparse)
-        if "sensitivity" not in settings and "data_aware" not in settings:
+        if metric == TRAINED:
             learned = stf(budget, learning_rate=STF_RATE / 2, sensitivity=True)
             yield f"low rank, {metric}, distilled", sc.Pipeline(low_rank, recovery)
             yield f"dense-sparse, {metric}, distilled", sc.Pipeline(dense_sparse, recovery)

@@ -9,7 +9,7 @@ from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
 from stackcomp.core.settings import one_of, whole, within
-from stackcomp.layerwise import Metric, error_metrics
+from stackcomp.layerwise import error_metrics
 from stackcomp.training.training_pass import LearnedForm
 
 if TYPE_CHECKING:
@@ -125,19 +125,9 @@ class STF(LearnedForm):
         """Where every weight starts."""
         dense = self._dense(context, handles)
         noise = ops.rounding_noise(self.value_bits)
-        found = dict.fromkeys(handles, Metric())
-        if self.data_aware:
-            found |= error_metrics(
-                model,
-                handles,
-                context,
-                samples=self.samples,
-                damping=self.damping,
-                sensitivity=self.sensitivity,
-            )
         return {
             id_: training.Start(**vars(metric), dense=dense.get(id_), noise=noise)
-            for id_, metric in found.items()
+            for id_, metric in error_metrics(self, model, handles, context).items()
         }
 
 
