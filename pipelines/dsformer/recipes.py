@@ -9,7 +9,7 @@ another model in STACKCOMP_MODEL (`bert-base-uncased`, say).
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +19,7 @@ BLOCKS = "encoder.layer.*"
 FROZEN = "embeddings"
 STF_RATE = 1e-4  # of dense weights; factors and whatever else is trained as it is stored take RATE
 RATE = 2e-4
+EVERYWHERE = 5  # methods that are run at every ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ BUDGETS = {
 
 def factorized(ratio: float, **settings: object) -> sc.Pass:
     """The dense-sparse start that conventional practice and STF share."""
-    return sc.DenseSparse(ratio=ratio, only=BLOCKS, sensitivity=False, sweeps=12, samples=1024, **settings)
+    said = {"sensitivity": False, "sweeps": 12, "samples": 1024, **settings}
+    return sc.DenseSparse(ratio=ratio, only=BLOCKS, **said)
 
 
 def stf(budget: Budget, **settings: object) -> sc.Pass:
@@ -82,14 +84,19 @@ def stf(budget: Budget, **settings: object) -> sc.Pass:
 
 
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
-    """Every method at an encoder compression of about `ratio`, by the name that tables use; the first three are run at every ratio, the
-    plain starts from 2.8 on, the others there only."""
+    """Every method at an encoder compression of about `ratio`, by the name that tables use; the first `EVERYWHERE` are run at every
+    ratio, the plain starts from 2.8 on, the others there only."""
     recovery = budget.recovery
     low_rank = {"ratio": ratio, "only": BLOCKS}
+    weighted = factorized(ratio, sensitivity=True)  # what starts so near is trained at half of the rates
     found = {
         "STF": sc.Pipeline(factorized(ratio), stf(budget)),
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
+        "STF, gradients": sc.Pipeline(weighted, stf(budget, sensitivity=True, learning_rate=STF_RATE / 2)),
+        "data-aware SVD, gradients": sc.Pipeline(
+            sc.LowRank(**low_rank, samples=1024), replace(recovery, learning_rate=RATE / 2)
+        ),
     }
     if ratio == 2.0:
         return found
