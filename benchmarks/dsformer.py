@@ -1,6 +1,7 @@
 """What a reader sees of the study pipelines/dsformer/table.py, as Markdown: the page of the docs and the block of the README."""
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
@@ -313,8 +314,10 @@ def _made(found: Comparison) -> str:
     dates = sorted({row["date"] for row in rows})
     machines = sorted({_machine(row) for row in rows})
     torches = sorted({row["versions"]["torch"] for row in rows})
+    ours = Counter(row["versions"]["stackcomp"] for row in rows)
+    made = ", ".join(f"{version} ({count} rows)" for version, count in sorted(ours.items()))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Made {days} on {', '.join(machines)}; torch {', '.join(torches)}."
+    return f"Made {days} on {', '.join(machines)}; torch {', '.join(torches)}; stackcomp {made}."
 
 
 def _machine(row: Row) -> str:

@@ -10,12 +10,16 @@ The error that is minimised is tr(P (W - S D) Q (W - S D)^T). Q, the metric of t
 rows, ties the rows of S to one another; without P they are independent, and without Q the blocks are too: then they are p = k problems
 solved side by side, otherwise p = 1.
 
-A sweep alternates two steps, neither of which raises the error:
+A sweep alternates two steps, and by itself neither raises the error:
 1. D given S: linear least squares.
 2. S given D. Independent rows exchange atoms and solve their values by matrix products (`pursuit`), part by part, with D solved anew
    after each part (as online dictionary learning does, Mairal et al., ICML 2009, with exact steps and nothing forgotten). Rows tied by P
    do it a few at a time, the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times
    its largest eigenvalue, which makes them independent; then all values together, by conjugate gradients.
+
+Sweeps converge slowly, and the first supports are poor. So a start keeps `WIDE` times as many atoms of a row and drops some in every sweep,
+when the basis has learned what they are for; and each new basis is taken `AHEAD` times its last move further (momentum of alternating least
+squares, Mitchell et al., arXiv:1810.05846). On the layers of MiniLM-L6 12 such sweeps find what 200 plain ones do not.
 
 Codes of independent rows pay a little for their size, as in a ridge regression: values that cancel one another are large, and hold the
 next dictionary where it is.
@@ -31,6 +35,7 @@ in every value, and uncorrelated.)
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -47,10 +52,9 @@ FREE_ROWS = (
     256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
 )
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
-SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row,
-FINER = (
-    4  # and half as many after every FINER sweeps: broad moves first, then ones that keep what has been found
-)
+WIDE = 2.0  # a row starts with as many times its atoms, where a group has them
+AHEAD = 0.8  # of the last move of a basis, added to it; from 1 on it diverges
+SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
 CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent
 ROUNDING = 5.0  # times 4^-bits: see `rounding_noise`
@@ -108,10 +112,13 @@ def dense_sparse(
         return DenseSparseFactors(
             basis=right[None], support=support, values=left[:, None], transposed=transposed
         )
+    _check(rows, columns, atoms, nonzeros, blocks, groups)
+    wide = min(round(WIDE * nonzeros), atoms // groups)
+    kept = [*(round(width) for width in np.geomspace(wide, nonzeros, sweeps)), nonzeros]
     factorizer = Factorizer(
         weight,
         atoms=atoms,
-        nonzeros=nonzeros,
+        nonzeros=kept[0],
         blocks=blocks,
         groups=groups,
         transposed=transposed,
@@ -120,8 +127,8 @@ def dense_sparse(
         noise=noise,
         seed=seed,
     )
-    for turn in range(sweeps):
-        factorizer.sweep(swapped=nonzeros // (SWAPPED << turn // FINER))
+    for count in kept[1:]:
+        factorizer.sweep(nonzeros=count, ahead=AHEAD)
     factorizer.solve_basis()
     return factorizer.factors()
 
@@ -163,6 +170,7 @@ class Factorizer:
         self._blocks, self._atoms, self._group, self._nonzeros = blocks, atoms, atoms // groups, nonzeros
         self._width = columns // blocks
         self._noise = noise
+        self._last: Tensor | None = None  # the basis of the last sweep, where it reached ahead
         self._problems = blocks if self._columns is None and self._rows is None else 1
         self._generator = torch.Generator().manual_seed(seed)
         self._importance = weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
@@ -191,12 +199,15 @@ class Factorizer:
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
 
-    def sweep(self, *, swapped: int | None = None, steps: int = DESCENT_STEPS) -> None:
-        """One round. swapped: how many atoms of a row may change in each group, one at least, s / SWAPPED unless said. steps: conjugate
-        gradient steps for each least squares, at most: a code that is nearly right needs few."""
-        count = max(1, self._nonzeros // SWAPPED if swapped is None else swapped)
-        count = min(count, self._group - self._nonzeros)
+    def sweep(self, *, nonzeros: int | None = None, ahead: float = 0.0, steps: int = DESCENT_STEPS) -> None:
+        """One round. nonzeros: what a row is to keep of each group from now on, no more than so far; None: as many. ahead: of the move of
+        the basis since the last sweep, added to it: above 0 a sweep may raise the error. steps: conjugate gradient steps for each least
+        squares, at most: a code that is nearly right needs few."""
+        self._nonzeros = nonzeros or self._nonzeros
+        count = min(max(1, self._nonzeros // SWAPPED), self._group - self._nonzeros)
         self.solve_basis()
+        if ahead:
+            self._reach(ahead)
         if self._rows is not None:
             self._exchange_tied(count)
             self._solve_tied(min(steps, CONJUGATE_STEPS))
@@ -319,6 +330,15 @@ class Factorizer:
         self._fit(self.code.mT @ pulled, pulled.mT @ target)
         self.code *= self._normalise_atoms()
         self._look()
+
+    def _reach(self, ahead: float) -> None:
+        """Move the basis on in the direction in which it has moved since the last time."""
+        solved = self.basis
+        if self._last is not None:
+            self.basis = solved + ahead * (solved - self._last)
+            self.code *= self._normalise_atoms()
+            self._look()
+        self._last = solved
 
     def _normal(self, rows: slice = slice(None)) -> Tensor:
         code = self.code[:, rows]

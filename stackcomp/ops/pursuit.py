@@ -99,8 +99,8 @@ def exchange(
     count: int,
     steps: int,
 ) -> tuple[Float[Tensor, "p n a"], Bool[Tensor, "p n a"]]:
-    """Add the `count` atoms a group that correlate most with the residual, solve, drop as many, solve; a row that would get worse
-    keeps its code (a round of subspace pursuit, arXiv 0803.0811)."""
+    """Add the `count` atoms a group that correlate most with the residual, solve, keep the `nonzeros` that are largest, solve; a row that
+    would get worse keeps its code, unless that has more (a round of subspace pursuit, arXiv 0803.0811)."""
     residual = unexplained(gram, correlations, code)
     wide = mask | strongest(residual.abs() * ~mask, count, group)
     wider = descend(gram, residual, code, wide, steps)
@@ -109,4 +109,5 @@ def exchange(
     fresh = descend(gram, unexplained(gram, correlations, wider), wider, kept, steps)
     left = unexplained(gram, correlations, fresh)
     better = gain(correlations, left, fresh) > gain(correlations, residual, code)
+    better |= mask.sum(2, keepdim=True) > nonzeros * mask.shape[2] // group
     return torch.where(better, fresh, code), torch.where(better, kept, mask)

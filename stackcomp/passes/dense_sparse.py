@@ -27,64 +27,20 @@ LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever th
 SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
 
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
-HIGHEST_SHARE = 0.8  # atoms over the columns of a block
+SHARE, HIGHEST_SHARE = (
+    2.0,
+    0.8,
+)  # atoms over the columns of a block: SHARE over the ratio, where the error is least, or the highest
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What was measured on the layers of MiniLM-L6, nearly the same for all of a kind; it ranks candidates, and the error that results is
-    the solver's own.
+Gains = tuple[tuple[float, float], ...]
+"""The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6, with and without gradients in
+the metric. They rank candidates; the error that results is the solver's own."""
 
-    share: atoms over the columns of a block, over the share of the dense values that the bytes would hold, with which the error is least.
-    gains: the error over that of low rank at equal bytes, by the layer's own ratio.
-    """
-
-    share: float
-    gains: tuple[tuple[float, float], ...]
-
-
-SQUARE = _Kind(
-    1.6,
-    (
-        (1.05, 0.9),
-        (1.1, 0.51),
-        (1.5, 0.41),
-        (2.0, 0.42),
-        (2.7, 0.47),
-        (3.6, 0.53),
-        (5.0, 0.59),
-        (7.0, 0.65),
-        (12.0, 0.72),
-    ),
-)
-TALL_ROWS = _Kind(
-    1.45,
-    (
-        (1.05, 0.9),
-        (1.1, 0.76),
-        (1.25, 0.59),
-        (1.5, 0.58),
-        (2.7, 0.59),
-        (3.6, 0.63),
-        (5.0, 0.68),
-        (7.0, 0.73),
-        (12.0, 0.78),
-    ),
-)
-TIED_ROWS = _Kind(  # the inputs' metric is that of the rows
-    2.7,
-    (
-        (1.05, 0.9),
-        (1.1, 0.73),
-        (1.25, 0.51),
-        (1.5, 0.41),
-        (2.7, 0.40),
-        (3.6, 0.43),
-        (5.0, 0.48),
-        (7.0, 0.52),
-        (12.0, 0.6),
-    ),
-)
+SQUARE: Gains = ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87))
+TALL_ROWS: Gains = ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79))
+TIED_ROWS: Gains = ((1.05, 0.9), (1.1, 0.66), (1.5, 0.4), (2.0, 0.4), (3.6, 0.47), (7.0, 0.61), (12.0, 0.7))
+# the last: the inputs' metric is that of the rows
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -215,7 +171,7 @@ class DenseSparse(FactorizingPass):
             for shape in tried.shapes:
                 # an error is that of a shape, and gains were measured where values have their own bits
                 alike = tried.ratio if self.value_bits is None else form.ratio(**shape)
-                gain = _interpolated(form.kind.gains, alike)
+                gain = _interpolated(form.gains, alike)
                 if gain < 1:
                     size = ops.dense_sparse_bytes(
                         form.rows, form.columns, value_bytes=layer.value_bytes, **shape
@@ -235,7 +191,7 @@ class DenseSparse(FactorizingPass):
         for step in range(STEPS):
             ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
             of_values = form.rows * form.columns / ratio  # what the bytes would hold, were all of them values
-            share = min(HIGHEST_SHARE, form.kind.share / ratio)
+            share = min(HIGHEST_SHARE, SHARE / ratio)
             found = ops.shapes_of_size(
                 form.rows,
                 form.columns,
@@ -311,8 +267,8 @@ class DenseSparse(FactorizingPass):
         long, wide = (cols, rows) if turned else (rows, cols)
         tall = long >= TALL * wide
         automatic = SQUARE_BLOCKS if not tall and wide % SQUARE_BLOCKS == 0 else 1
-        kind = SQUARE if not tall else TIED_ROWS if turned and self.data_aware else TALL_ROWS
-        return _Form(rows=long, columns=wide, turned=turned, blocks=self.blocks or automatic, kind=kind)
+        gains = SQUARE if not tall else TIED_ROWS if turned and self.data_aware else TALL_ROWS
+        return _Form(rows=long, columns=wide, turned=turned, blocks=self.blocks or automatic, gains=gains)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +279,7 @@ class _Form:
     columns: int
     turned: bool
     blocks: int
-    kind: _Kind
+    gains: Gains
 
     def ratio(self, **shape: int) -> float:
         """Dense bytes over those of dense-sparse factors of this shape, in float32."""
@@ -356,7 +312,7 @@ class _Tried:
     shapes: list[dict[str, int]]
 
 
-def _interpolated(gains: tuple[tuple[float, float], ...], ratio: float) -> float:
+def _interpolated(gains: Gains, ratio: float) -> float:
     """The gain at `ratio`, linear in log ratio between the measured ones; 1 beyond them: no better than low
     rank."""
     for (below, low), (above, high) in pairwise(gains):

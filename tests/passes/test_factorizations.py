@@ -132,7 +132,7 @@ def test_dense_sparse_is_never_worse_than_low_rank_of_as_many_bytes(tokenizer, t
     be better."""
     monkeypatch.setattr("stackcomp.passes.dense_sparse._interpolated", lambda gains, ratio: 0.01)
     id_ = "encoder.layer.0.intermediate.dense"
-    settings = {"ratio": 2.0, "only": id_, "data_aware": False, "sweeps": 1}
+    settings = {"ratio": 2.0, "only": id_, "data_aware": False}
 
     def factorized(singular: int) -> tuple[str, float]:
         model = toys.make("bert", hidden_size=64, intermediate_size=128)
