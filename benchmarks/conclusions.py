@@ -89,9 +89,9 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
             f"Trained, both factorized in the metric of inputs, at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks: "
             f"{_gap(ours)} against dense, low rank {_gap(theirs)}."
         )
-        best, best_low_rank = (compared.difference((method, RATIO), DENSE) for method in GRADIENTS)
-        if best and best_low_rank:
-            yield f"In the metric of gradients, too: {_gap(best)}, low rank {_gap(best_low_rank)} ({best.tasks} tasks)."
+        weighed, low_rank = (compared.difference((method, RATIO), DENSE) for method in GRADIENTS)
+        if weighed and low_rank:
+            yield f"In the metric of gradients, too: {_gap(weighed)}, low rank {_gap(low_rank)} ({weighed.tasks} tasks)."
         yield (
             f"Learning the supports (STF) adds {_gap(frozen)} to factors whose supports were chosen on calibration text and frozen"
             + (f", and {_gap(plain)} where they were chosen without, as in the paper." if plain else ".")

@@ -30,7 +30,7 @@ class Shape(TypedDict):
 
 SWEEPS = 6  # the default of the pass
 PAPER = Shape(blocks=12, atoms=32, nonzeros=8)
-AUTO = {"square": (4, 0.57), "tall": (1, 0.52)}  # blocks, and atoms over the columns of a block
+AUTO = {"square": 4, "tall": 1}  # blocks
 RATIO = 2.8
 ONE_BLOCK = Shape(blocks=1, atoms=192, nonzeros=24)
 PASSES = (1, 5)  # of scikit-learn over the rows of a block
@@ -76,9 +76,8 @@ def automatic(rows: int, columns: int) -> Shape:
     from stackcomp import ops
 
     long, wide = max(rows, columns), min(rows, columns)
-    blocks, share = AUTO["square" if rows == columns else "tall"]
-    size = 4 * rows * columns / RATIO
-    ((atoms, nonzeros),) = ops.shapes_of_size(long, wide, size_bytes=size, shares=(share,), blocks=blocks)
+    blocks = AUTO["square" if rows == columns else "tall"]
+    atoms, nonzeros = ops.shape_of_size(long, wide, size_bytes=4 * rows * columns / RATIO, blocks=blocks)
     return Shape(blocks=blocks, atoms=atoms, nonzeros=nonzeros)
 
 

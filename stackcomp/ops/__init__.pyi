@@ -8,7 +8,7 @@ from .allocate import Candidate as Candidate
 from .allocate import allocate as allocate
 from .allocate import dense_sparse_bytes as dense_sparse_bytes
 from .allocate import low_rank_bytes as low_rank_bytes
-from .allocate import shapes_of_size as shapes_of_size
+from .allocate import shape_of_size as shape_of_size
 from .clusters import cluster as cluster
 from .factorize import DenseSparseFactors as DenseSparseFactors
 from .factorize import Factorizer as Factorizer

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ import numpy as np
 from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.matrices import Fixed
 
+DENSITY = 0.22  # of a sparse factor: where the error of MiniLM-L6's layers is least, whatever the bytes and the width of values,
+HIGHEST_SHARE = 0.8  # but for a basis that would have more atoms than this share of the columns of its block
 RELATIVE_GAP = 1e-5  # how far from the optimum the solver may stop: below the noise of the errors themselves
 
 
@@ -133,20 +135,14 @@ def most_nonzeros(
     return next(larger, low)
 
 
-def shapes_of_size(
-    rows: int,
-    columns: int,
-    *,
-    size_bytes: float,
-    shares: Sequence[float],
-    blocks: int = 1,
-    value_bytes: float = 4,
-) -> Iterator[tuple[int, int]]:
-    """(atoms, nonzeros) pairs of about `size_bytes`, one for each share of the columns of a block taken as atoms."""
-    for share in shares:
-        atoms = min(rows, max(1, round(share * columns / blocks)))
-        nonzeros = most_nonzeros(
-            rows, columns, atoms=atoms, size_bytes=size_bytes, blocks=blocks, value_bytes=value_bytes
-        )
-        if nonzeros > 0:
-            yield atoms, nonzeros
+def shape_of_size(
+    rows: int, columns: int, *, size_bytes: float, blocks: int = 1, value_bytes: float = 4
+) -> tuple[int, int]:
+    """(atoms, nonzeros) of dense-sparse factors of about `size_bytes` and `DENSITY`, indices counted at its entropy; 0 nonzeros where not
+    even one fits."""
+    index_bytes = -(DENSITY * log2(DENSITY) + (1 - DENSITY) * log2(1 - DENSITY)) / DENSITY / 8
+    atom_bytes = columns * value_bytes + rows * blocks * DENSITY * (value_bytes + index_bytes)
+    atoms = min(rows, max(1, round(min(size_bytes / atom_bytes, HIGHEST_SHARE * columns / blocks))))
+    return atoms, most_nonzeros(
+        rows, columns, atoms=atoms, size_bytes=size_bytes, blocks=blocks, value_bytes=value_bytes
+    )

@@ -27,11 +27,6 @@ LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever th
 SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
 
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
-SHARE, HIGHEST_SHARE = (
-    2.0,
-    0.8,
-)  # atoms over the columns of a block: SHARE over the ratio, where the error is least, or the highest
-
 
 Gains = tuple[tuple[float, float], ...]
 """The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6, with and without gradients in
@@ -168,22 +163,23 @@ class DenseSparse(FactorizingPass):
         ]
         sparse: list[Candidate] = []
         for tried in tries:
-            for shape in tried.shapes:
-                # an error is that of a shape, and gains were measured where values have their own bits
-                alike = tried.ratio if self.value_bits is None else form.ratio(**shape)
-                gain = _interpolated(form.gains, alike)
-                if gain < 1:
-                    size = ops.dense_sparse_bytes(
-                        form.rows, form.columns, value_bytes=layer.value_bytes, **shape
-                    )
-                    reached = tried.rank if self.value_bits is None else form.rank(alike)
-                    choice = _Choice(shape=shape)
-                    if self.value_bits is None:  # errors do not tell what rounding will make of both
-                        rivals = (option for option in low_rank if option.size_bytes <= size)
-                        rival = min(rivals, key=lambda option: option.error, default=None)
-                        choice = replace(rival.choice, shape=shape) if rival else choice
-                    error = gain * float(errors[reached])
-                    sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
+            if not tried.shape:
+                continue
+            # an error is that of a shape, and gains were measured where values have their own bits
+            alike = tried.ratio if self.value_bits is None else form.ratio(**tried.shape)
+            gain = _interpolated(form.gains, alike)
+            if gain < 1:
+                size = ops.dense_sparse_bytes(
+                    form.rows, form.columns, value_bytes=layer.value_bytes, **tried.shape
+                )
+                reached = tried.rank if self.value_bits is None else form.rank(alike)
+                choice = _Choice(shape=tried.shape)
+                if self.value_bits is None:  # errors do not tell what rounding will make of both
+                    rivals = (option for option in low_rank if option.size_bytes <= size)
+                    rival = min(rivals, key=lambda option: option.error, default=None)
+                    choice = replace(rival.choice, shape=tried.shape) if rival else choice
+                error = gain * float(errors[reached])
+                sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
         return [*low_rank, *sparse]
 
     def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
@@ -191,32 +187,24 @@ class DenseSparse(FactorizingPass):
         for step in range(STEPS):
             ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
             of_values = form.rows * form.columns / ratio  # what the bytes would hold, were all of them values
-            share = min(HIGHEST_SHARE, SHARE / ratio)
-            found = ops.shapes_of_size(
+            atoms, nonzeros = ops.shape_of_size(
                 form.rows,
                 form.columns,
                 size_bytes=of_values * value_bytes,
-                shares=(share,),
                 blocks=form.blocks,
                 value_bytes=value_bytes,
             )
-            yield _Tried(
-                ratio=ratio,
-                rank=int(of_values / (form.rows + form.columns)),
-                shapes=[
-                    {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
-                    for atoms, nonzeros in found
-                    if 1 < nonzeros < atoms
-                ],
-            )
+            shape = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
+            rank = int(of_values / (form.rows + form.columns))
+            yield _Tried(ratio=ratio, rank=rank, shape=shape if 1 < nonzeros < atoms else None)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
         form = self._form(spec.rows, spec.cols)
         for tried in self._tried(form, (self.value_bits or spec.matrices["weight"].bits) / 8):
             if tried.rank:
                 yield spec.as_product(atoms=tried.rank)
-            for shape in tried.shapes:
-                yield spec.as_product(**shape, transposed=form.turned)
+            if tried.shape:
+                yield spec.as_product(**tried.shape, transposed=form.turned)
 
     def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
         if self.atoms is None:
@@ -305,11 +293,11 @@ class _Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tried:
-    """A ratio of one layer, the rank that has it (0: none), and the dense-sparse shapes that do."""
+    """A ratio of one layer, the rank that has it (0: none), and the dense-sparse shape that does, where one is sparse."""
 
     ratio: float
     rank: int
-    shapes: list[dict[str, int]]
+    shape: dict[str, int] | None
 
 
 def _interpolated(gains: Gains, ratio: float) -> float:

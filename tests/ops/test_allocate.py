@@ -16,7 +16,7 @@ from stackcomp.ops.allocate import (
     dense_sparse_bytes,
     low_rank_bytes,
     most_nonzeros,
-    shapes_of_size,
+    shape_of_size,
 )
 
 options = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 10)), min_size=1, max_size=4)
@@ -91,8 +91,23 @@ def test_most_nonzeros_is_the_most(rows: int, columns: int, atoms: int, blocks: 
     assert found == max(fitting, default=0)
 
 
-def test_shapes_of_size_fill_the_size():
-    for atoms, nonzeros in shapes_of_size(1536, 384, size_bytes=800_000, shares=(0.25, 0.5, 0.75)):
-        size = dense_sparse_bytes(1536, 384, atoms=atoms, nonzeros=nonzeros)
-        assert size <= 800_000
-        assert nonzeros == atoms or size > 790_000
+@pytest.mark.parametrize("value_bytes", [4, 0.575])
+@pytest.mark.parametrize(("rows", "columns", "blocks"), [(1536, 384, 1), (384, 384, 4)])
+def test_a_shape_fills_its_size_at_one_density(rows: int, columns: int, blocks: int, value_bytes: float):
+    for ratio in (1.5, 2.0, 2.8, 5.0):
+        size = value_bytes * rows * columns / ratio
+        atoms, nonzeros = shape_of_size(
+            rows, columns, size_bytes=size, blocks=blocks, value_bytes=value_bytes
+        )
+        shape = {"atoms": atoms, "blocks": blocks, "value_bytes": value_bytes}
+        assert dense_sparse_bytes(rows, columns, nonzeros=nonzeros, **shape) <= size
+        assert dense_sparse_bytes(rows, columns, nonzeros=nonzeros + 1, **shape) > size
+        share = atoms * blocks / columns
+        if ratio >= 2.8:
+            assert share < 0.8
+            assert nonzeros / atoms == pytest.approx(0.22, abs=1 / atoms + 0.01)
+        assert share <= 0.81
+
+
+def test_what_is_too_small_for_a_shape_has_no_nonzeros():
+    assert shape_of_size(64, 64, size_bytes=100)[1] == 0
