@@ -52,6 +52,25 @@ def test_an_exchange_keeps_the_count_and_never_loses(group: int):
         before = after
 
 
+@pytest.mark.parametrize("group", [6, 12])
+def test_an_exchange_narrows_rows_that_have_more_and_only_those_may_lose(group: int):
+    gram, correlations = (part[None] for part in problem(40, 12, 16, 3))
+    inverse = torch.linalg.inv(gram + 1e-4 * torch.eye(12))
+    start = {"group": group, "steps": 8}
+    wide, wide_mask = pursuit.first_code(gram, inverse, correlations, nonzeros=4, **start)
+    narrow, narrow_mask = pursuit.first_code(gram, inverse, correlations, nonzeros=2, **start)
+    code, mask = (
+        torch.cat([wide[:, :20], narrow[:, 20:]], 1),
+        torch.cat([wide_mask[:, :20], narrow_mask[:, 20:]], 1),
+    )
+    before = gain(gram, correlations, code)
+    code, mask = pursuit.exchange(gram, correlations, code, mask, nonzeros=2, count=1, **start)
+    after = gain(gram, correlations, code)
+    assert (mask.unflatten(2, (-1, group)).sum(3) == 2).all()
+    assert (after < before)[0, :20].any()
+    assert (after >= before - 1e-6)[0, 20:].all()
+
+
 def test_it_finds_codes_as_good_as_matching_pursuit():
     gram, correlations = problem(400, 32, 48, 5)
     support, values = omp(gram, correlations, 8)
