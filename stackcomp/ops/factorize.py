@@ -17,9 +17,9 @@ A sweep alternates two steps, and by itself neither raises the error:
    do it a few at a time, the others held (block coordinate descent): the part of P between those few is bounded by its diagonal times
    its largest eigenvalue, which makes them independent; then all values together, by conjugate gradients.
 
-Sweeps converge slowly, and the first supports are poor. So a start keeps `WIDE` times as many atoms of a row and drops some in every sweep,
-when the basis has learned what they are for; and each new basis is taken `AHEAD` times its last move further (momentum of alternating least
-squares, Mitchell et al., arXiv:1810.05846). On the layers of MiniLM-L6 24 such sweeps find what 200 plain ones do not.
+Sweeps converge slowly, and the first supports are poor. So a row starts with more atoms than it is to keep, and drops some in every sweep,
+when the basis has learned what they are for (`narrowing`); and each new basis is taken `AHEAD` times its last move further (momentum of
+alternating least squares, Mitchell et al., arXiv:1810.05846). On layers of MiniLM-L6 24 such sweeps find what 200 plain ones do not.
 
 Codes of independent rows pay a little for their size, as in a ridge regression: values that cancel one another are large, and hold the
 next dictionary where it is.
@@ -34,6 +34,7 @@ in every value, and uncorrelated.)
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 import torch
@@ -52,7 +53,6 @@ FREE_ROWS = (
     256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
 )
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
-WIDE = 2.0  # a row starts with as many times its atoms, where a group has them
 AHEAD = 0.8  # of the last move of a basis, added to it; from 1 on it diverges
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 8  # of all values together, where P ties them
@@ -113,8 +113,7 @@ def dense_sparse(
             basis=right[None], support=support, values=left[:, None], transposed=transposed
         )
     _check(rows, columns, atoms, nonzeros, blocks, groups)
-    wide = min(round(WIDE * nonzeros), atoms // groups)
-    kept = [*(round(width) for width in np.geomspace(wide, nonzeros, sweeps)), nonzeros]
+    kept = narrowing(nonzeros, atoms // groups, sweeps)
     factorizer = Factorizer(
         weight,
         atoms=atoms,
@@ -131,6 +130,11 @@ def dense_sparse(
         factorizer.sweep(nonzeros=count, ahead=AHEAD)
     factorizer.solve_basis()
     return factorizer.factors()
+
+
+def narrowing(nonzeros: int, group: int, sweeps: int) -> list[int]:
+    """How many atoms of a group a row has at first and after each sweep: from half way, in factors, between all and those it is to keep."""
+    return [*(round(kept) for kept in np.geomspace(sqrt(nonzeros * group), nonzeros, sweeps)), nonzeros]
 
 
 def rounding_noise(value_bits: float | None) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stackcomp.core.errors import BadWeights, SettingError
-from stackcomp.ops.factorize import AHEAD, WIDE, DenseSparseFactors, Factorizer, dense_sparse, rounding_noise
+from stackcomp.ops.factorize import DenseSparseFactors, Factorizer, dense_sparse, narrowing, rounding_noise
 from stackcomp.ops.low_bit import round_groups
 from stackcomp.ops.low_rank import rank_errors
 from stackcomp.ops.sparse_coding import scatter
@@ -85,20 +85,30 @@ def test_narrowing_and_reaching_ahead_find_more_in_as_many_sweeps(coupled: bool,
     weight, inputs = noise(96, 48) @ noise(48, 48, 1), metric(48, 1)
     outputs = metric(96, 2) if coupled else None
 
-    def left(wide: float, ahead: float) -> float:
-        monkeypatch.setattr("stackcomp.ops.factorize.WIDE", wide)
-        monkeypatch.setattr("stackcomp.ops.factorize.AHEAD", ahead)
+    def left() -> float:
         metrics = {"inputs": inputs, "outputs": outputs}
         found = [
             dense_sparse(weight, atoms=24, nonzeros=6, sweeps=12, seed=seed, **metrics) for seed in range(4)
         ]
         return sum(float(error(weight, factors, **metrics)) for factors in found)
 
-    plain, both = left(1.0, 0.0), left(WIDE, AHEAD)
-    assert both < 0.97 * plain
+    both = left()
+    monkeypatch.setattr("stackcomp.ops.factorize.AHEAD", 0.0)
+    narrowed = left()
+    monkeypatch.setattr(
+        "stackcomp.ops.factorize.narrowing", lambda kept, group, sweeps: [kept] * (sweeps + 1)
+    )
+    assert both < 0.97 * left()
+    assert both < narrowed
     if coupled:  # where sweeps are slowest each helps by itself
-        assert both < left(WIDE, 0.0) < plain
-        assert both < left(1.0, AHEAD) < plain
+        assert narrowed < left()
+
+
+def test_rows_narrow_in_even_factors():
+    assert narrowing(4, 16, 3) == [8, 6, 4, 4]
+    assert narrowing(4, 16, 1) == [8, 4]
+    assert narrowing(4, 16, 0) == [4]
+    assert narrowing(1, 1, 2) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
