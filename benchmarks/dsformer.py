@@ -17,11 +17,8 @@ STF = "STF"
 AGAINST = (("STF", "conventional"), ("STF, plain start", "conventional, plain start"))  # from the same start
 LOW_RANK = ("data-aware SVD", "SVD", "FWSVD")  # the first is run at every ratio
 GRADIENTS = ("STF, gradients", "data-aware SVD, gradients")
-EQUAL_SCORES = (
-    (STF, LOW_RANK[0]),
-    GRADIENTS,
-    (GRADIENTS[0], LOW_RANK[0]),
-)  # all of them were run at every ratio
+# all of them were run at every ratio
+EQUAL_SCORES = ((STF, LOW_RANK[0]), GRADIENTS, (GRADIENTS[0], LOW_RANK[0]))
 TASKS = {"stsb": "STS-B", "reviews": "Rotten Tomatoes", "mrpc": "MRPC", "sst2": "SST-2"}
 
 METHOD = """\
@@ -164,9 +161,8 @@ def sentence(what: str, gap: Estimate | None, tasks: int) -> str:
 def _against_low_rank(found: Comparison) -> list[str]:
     """The compression of STF over that of low rank at equal score, a line a task, and that at equal mean score: in each metric, and of
     our better one over the low rank in the other."""
-    return [
-        part for ours, rival in EQUAL_SCORES for part in _at_equal_scores(found, ours, rival)
-    ] + _better_low_rank(found, LOW_RANK[0])
+    lines = [line for ours, rival in EQUAL_SCORES for line in _at_equal_scores(found, ours, rival)]
+    return [*lines, *_better_low_rank(found, LOW_RANK[0])]
 
 
 def _at_equal_scores(found: Comparison, ours: str, rival: str) -> list[str]:
