@@ -425,7 +425,10 @@ def test_tables_say_so_where_nothing_has_run():
 
 
 def test_tables_do_not_hide_a_difference():
-    common = {"machine": {"threads": 1, "processor": "p"}, "versions": {"torch": "2", "transformers": "5"}}
+    common = {
+        "machine": {"threads": 1, "processor": "p"},
+        "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
+    }
     common |= {"date": "2026-01-01", "seed": 0}
     point = {"after_seconds": 1.0, "killed": True, "last_step": "00-dense", **common}
     rows = [

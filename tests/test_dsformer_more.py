@@ -6,7 +6,7 @@ from benchmarks import dsformer_more
 
 MADE = {
     "machine": {"processor": "any", "threads": 1},
-    "versions": {"torch": "2", "transformers": "5"},
+    "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
     "date": "2026-11-22",
     "seed": 0,
 }

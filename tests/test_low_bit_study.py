@@ -24,7 +24,7 @@ def row(entry, loss=0.0):
         "key": entry.key,
         "labels": entry.labels,
         "machine": {"processor": "a processor", "threads": 1},
-        "versions": {"torch": "2", "transformers": "5"},
+        "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
         "date": "2026-01-01",
         **entry.asked,
         "score": score,

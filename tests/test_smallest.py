@@ -46,7 +46,7 @@ def row(rung, name, score, size, search=SEARCH):
             }
         ],
         "machine": {"processor": "any", "threads": 1},
-        "versions": {"torch": "2", "transformers": "5"},
+        "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
         "date": "2026-11-22",
     }
 

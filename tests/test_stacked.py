@@ -25,7 +25,7 @@ def row(method, ratio, score, layers, *, task="stsb"):
         "layer_bytes": layers,
         "size_bytes": layers + 50,
         "machine": {"processor": "any", "threads": 1},
-        "versions": {"torch": "2", "transformers": "5"},
+        "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
         "date": "2026-11-22",
         "seed": 0,
     }

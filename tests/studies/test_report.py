@@ -23,7 +23,7 @@ SAID = {
     "date": "2026-11-22",
     "examples": 100,
     "machine": {"processor": "any", "threads": 1},
-    "versions": {"torch": "2", "transformers": "5"},
+    "versions": {"stackcomp": "1", "torch": "2", "transformers": "5"},
 }
 ROWS = [
     {**one, **SAID}
