@@ -90,8 +90,8 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
             f"{_gap(ours)} against dense, low rank {_gap(theirs)}."
         )
         weighed, low_rank = (compared.difference((method, RATIO), DENSE) for method in GRADIENTS)
-        if weighed and low_rank:
-            yield f"In the metric of gradients, too: {_gap(weighed)}, low rank {_gap(low_rank)} ({weighed.tasks} tasks)."
+        if weighed and low_rank and weighed.tasks == low_rank.tasks == ours.tasks:
+            yield f"Weighed by gradients, too: {_gap(weighed)}, low rank {_gap(low_rank)}."
         yield (
             f"Learning the supports (STF) adds {_gap(frozen)} to factors whose supports were chosen on calibration text and frozen"
             + (f", and {_gap(plain)} where they were chosen without, as in the paper." if plain else ".")
