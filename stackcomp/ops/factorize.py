@@ -34,7 +34,7 @@ in every value, and uncorrelated.)
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 import torch
@@ -327,11 +327,14 @@ class Factorizer:
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
+        before, left = self.basis, self._left()
         pulled = self._pull(self.code)
         target = (
             self._split(self._weight) if self._problems == self._blocks else self._target
         )  # else Q cancels
         self._fit(self.code.mT @ pulled, pulled.mT @ target)
+        if self._left() > left:
+            self.basis = before
         self.code *= self._normalise_atoms()
         self._look()
 
@@ -383,6 +386,14 @@ class Factorizer:
 
     # rows that P ties together: one problem, each row's own normal equations
 
+    def _left(self) -> float:
+        """The error, where P ties the rows and no noise keeps equations solvable; -inf elsewhere. Few directions may matter to P: a
+        solution that float32 could not find any more, and that raises the error, is not taken."""
+        if self._rows is None or self._noise:
+            return -inf
+        residual = self._target - self.code @ self._dictionary
+        return float((self._pull(residual) * residual).sum())
+
     def _pull(self, matrix: Tensor) -> Tensor:
         """P times matrices of n rows."""
         return matrix if self._rows is None else self._rows.moment @ matrix
@@ -411,6 +422,7 @@ class Factorizer:
 
     def _solve_tied(self, steps: int) -> None:
         """All values at once for the support and basis as they are, preconditioned by each row's own equations."""
+        start, left = self.code, self._left()
         gram, correlations, support = self._gram[0], self._correlations()[0], self._support()
         importance = self._importance[:, None, None]
         ridged = _ridged(gram, self._noise)
@@ -438,6 +450,8 @@ class Factorizer:
             before, size = size, (residual * ahead).sum()
             step = ahead + (size / before) * step
         self.code = scatter(support, x, self._group)[None]
+        if self._left() > left:
+            self.code = start
 
 
 def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int, groups: int) -> None:
