@@ -9,7 +9,7 @@ BLOCKS = "encoder.layer.*"
 WORDS = "embeddings.word_embeddings"
 FIRST = [
     None,
-    sc.DenseSparse(ratio=1.3, only=BLOCKS),
+    sc.DenseSparse(ratio=1.3, only=BLOCKS, value_bits=4),
     sc.LowRank(ratio=1.3, only=BLOCKS),
     sc.MagnitudePrune(sparsity=0.6, only=BLOCKS),
     sc.MagnitudePrune(sparsity="2:4", only=BLOCKS),
