@@ -68,6 +68,19 @@ def test_no_sweep_by_itself_raises_the_error(blocks: int, transposed: bool, coup
     assert errors[-1] < 0.95 * errors[0]
 
 
+def test_a_solution_that_raises_the_error_is_not_taken(monkeypatch):
+    """Where few directions matter to the rows' metric float32 may not solve the equations of a factor any more."""
+    weight, metrics = noise(40, 24), {"inputs": metric(24, 1), "outputs": metric(40, 2)}
+    factorizer = Factorizer(weight, atoms=8, nonzeros=3, **metrics)
+    factorizer.sweep()
+    before = error(weight, factorizer.factors(), **metrics)
+    for broken in ("_solved", "solve"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stackcomp.ops.factorize.{broken}", lambda known, right: 1e3 * right)
+            factorizer.sweep()
+        assert error(weight, factorizer.factors(), **metrics) <= before * 1.0001
+
+
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rows_narrow_to_what_is_asked_for(groups: int, coupled: bool):
