@@ -166,6 +166,7 @@ def _against_low_rank(found: Comparison) -> list[str]:
 
 
 def _at_equal_scores(found: Comparison, ours: str, rival: str) -> list[str]:
+    """What two methods are compared by, and the lines."""
     ratios = {task: at_equal_score(found.curve(task, ours), found.curve(task, rival)) for task in found.tasks}
     lines = [
         f"- {TASKS[task]}: {f'{ratio.value:.2f} (at a score of {ratio.score:.2f})' if ratio.value else ratio.why}."
@@ -301,7 +302,7 @@ def _folded(title: str, text: str) -> str:
 def _spoken(method: str) -> str:
     names = {
         STF: "DSFormer (STF)",
-        "STF, gradients": "DSFormer (STF), gradients",
+        GRADIENTS[0]: "DSFormer (STF), gradients",
         "STF, plain start": "DSFormer (STF), plain start",
         "conventional": "conventional practice",
         "conventional, plain start": "conventional practice, plain start",

@@ -19,7 +19,7 @@ A sweep alternates two steps, and by itself neither raises the error:
 
 Sweeps converge slowly, and the first supports are poor. So a row starts with more atoms than it is to keep, and drops some in every sweep,
 when the basis has learned what they are for (`narrowing`); and each new basis is taken `AHEAD` times its last move further (momentum of
-alternating least squares, Mitchell et al., arXiv:1810.05846). On layers of MiniLM-L6 24 such sweeps find what 200 plain ones do not.
+alternating least squares, Mitchell et al., arXiv:1810.05846).
 
 Codes of independent rows pay a little for their size, as in a ridge regression: values that cancel one another are large, and hold the
 next dictionary where it is.

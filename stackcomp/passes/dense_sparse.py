@@ -25,7 +25,6 @@ DENSE, SPARSE = FACTOR | {Fact.DENSE}, FACTOR | {Fact.SPARSE}
 
 LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever the ratio of all
 SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
-
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
 
 Gains = tuple[tuple[float, float], ...]
@@ -34,8 +33,8 @@ the metric. They rank candidates; the error that results is the solver's own."""
 
 SQUARE: Gains = ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87))
 TALL_ROWS: Gains = ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79))
+# TALL_ROWS where the inputs' metric is that of the rows
 TIED_ROWS: Gains = ((1.05, 0.9), (1.1, 0.66), (1.5, 0.4), (2.0, 0.4), (3.6, 0.47), (7.0, 0.61), (12.0, 0.7))
-# the last: the inputs' metric is that of the rows
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
