@@ -49,9 +49,7 @@ from stackcomp.ops.whiten import Whitener
 
 TIED_ROWS = 16  # rows coded together where the metric ties rows: fewer bound P better and cost more calls
 TIED_STEPS = 4  # at most, of conjugate gradients, for their codes: all values are solved together afterwards
-FREE_ROWS = (
-    256  # and where it does not: as many as the cache likes; this also bounds the memory beyond S itself
-)
+FREE_ROWS = 192  # and where it does not: as many as the cache likes, which bounds the memory beyond S itself
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
 AHEAD = 0.8  # of the last move of a basis, added to it; from 1 on it diverges
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
@@ -72,12 +70,16 @@ class DenseSparseFactors:
     transposed: bool
 
     def product(self) -> Tensor:
-        """The weight itself, in its own orientation."""
-        blocks, atoms, _ = self.basis.shape
+        """The weight itself, in its own orientation; codes are spread out a few rows at a time."""
+        blocks, atoms, width = self.basis.shape
         group = blocks * atoms // self.support.shape[1]
-        codes = scatter(self.support, self.values, group).unflatten(1, (blocks, atoms))
-        product = torch.einsum("nkb,kbg->nkg", codes, self.basis).flatten(1)
-        return product.T.contiguous() if self.transposed else product
+        product = self.values.new_empty(len(self.values), blocks, width)
+        for part, support, values in zip(
+            product.split(FREE_ROWS), self.support.split(FREE_ROWS), self.values.split(FREE_ROWS), strict=True
+        ):
+            codes = scatter(support, values, group).unflatten(1, (blocks, atoms))
+            part.copy_(torch.einsum("nkb,kbg->nkg", codes, self.basis))
+        return product.flatten(1).T.contiguous() if self.transposed else product.flatten(1)
 
 
 def dense_sparse(
@@ -149,7 +151,7 @@ class Factorizer:
     """A factorization under way, which can go on after its weight has moved: the warm start of training (`aim`, then `sweep`).
 
     `basis` (k b g), `code` (p n a/p), the rows of S spread over all atoms, and `mask`, where they may differ from zero, are its whole
-    state: with them in the place of a new one's it goes on the same.
+    state: a new one that takes them over (`resume`) goes on the same.
     """
 
     def __init__(
@@ -176,6 +178,8 @@ class Factorizer:
         self._noise = noise
         self._last: Tensor | None = None  # the basis of the last sweep, where it reached ahead
         self._problems = blocks if self._columns is None and self._rows is None else 1
+        size = blocks * atoms // self._problems
+        self._gram = weight.new_empty(self._problems, size, size)
         self._generator = torch.Generator().manual_seed(seed)
         self._importance = weight.new_ones(rows) if self._rows is None else self._rows.moment.diagonal()
         self._order = torch.randperm(rows, generator=self._generator).to(weight.device)
@@ -184,7 +188,7 @@ class Factorizer:
             self.basis = self._first_basis()
             self._normalise_atoms()
             self._look()
-            self.code = weight.new_empty(self._problems, rows, self._gram.shape[1])
+            self.code = weight.new_empty(self._problems, rows, size)
             self.mask = torch.empty_like(self.code, dtype=torch.bool)
             inverse = _inverse(self._gram)
             for part in self._parts():
@@ -203,6 +207,11 @@ class Factorizer:
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
         self._target = self._split(whitened)  # p n m/p
 
+    def resume(self, basis: Tensor, code: Tensor, mask: Tensor) -> None:
+        """Go on from copies of another factorizer's state."""
+        self.basis, self.code, self.mask = basis.clone(), code.clone(), mask.clone()
+        self._look()
+
     def sweep(self, *, nonzeros: int | None = None, ahead: float = 0.0, steps: int = DESCENT_STEPS) -> None:
         """One round. nonzeros: what a row is to keep of each group from now on, no more than so far; None: as many. ahead: of the move of
         the basis since the last sweep, added to it: above 0 a sweep may raise the error. steps: conjugate gradient steps for each least
@@ -216,10 +225,9 @@ class Factorizer:
             self._exchange_tied(count)
             self._solve_tied(min(steps, CONJUGATE_STEPS))
             return
-        normal, right = self._normal(), self._right()
+        normal, right = self._equations()
         for rows in self._parts():
-            normal -= self._normal(rows)
-            right -= self._right(rows)
+            self._count(normal, right, rows, -1)
             self.code[:, rows], self.mask[:, rows] = pursuit.exchange(
                 self._gram,
                 self._correlations(rows),
@@ -230,8 +238,7 @@ class Factorizer:
                 count=count,
                 steps=steps,
             )
-            normal += self._normal(rows)
-            right += self._right(rows)
+            self._count(normal, right, rows, 1)
             self._fit(normal, right)
 
     def factors(self) -> DenseSparseFactors:
@@ -277,13 +284,13 @@ class Factorizer:
     # the dictionary, as the targets see it
 
     def _look(self) -> None:
-        """What the code needs of the basis: the atoms in the metric and their products."""
+        """What the code needs of the basis: the atoms in the metric and their products, always in the same memory."""
         self._dictionary = (
             self.basis if self._problems == self._blocks and self._columns is None else self._whitened()[None]
         )
-        self._gram = self._dictionary @ self._dictionary.mT
+        torch.matmul(self._dictionary, self._dictionary.mT, out=self._gram)
         if self._rows is None:
-            self._gram = _ridged(self._gram, max(CODE_RIDGE, self._noise))
+            self._gram.diagonal(dim1=1, dim2=2).add_(max(CODE_RIDGE, self._noise))
 
     def _whitened(self) -> Tensor:
         """blockdiag(D) Q^(1/2): the dictionary (k b x m) that whitened rows are coded in."""
@@ -327,13 +334,10 @@ class Factorizer:
 
     def solve_basis(self) -> None:
         """D_j = (S_j^T P S_j)^-1 S_j^T P (W - sum_i!=j S_i D_i) restricted to its columns in the metric Q, block after block."""
-        before, left = self.basis, self._left()
-        pulled = self._pull(self.code)
-        target = (
-            self._split(self._weight) if self._problems == self._blocks else self._target
-        )  # else Q cancels
-        self._fit(self.code.mT @ pulled, pulled.mT @ target)
-        if self._left() > left:
+        left = self._left()
+        before = None if left == -inf else self.basis
+        self._fit(*self._equations())
+        if before is not None and self._left() > left:
             self.basis = before
         self.code *= self._normalise_atoms()
         self._look()
@@ -347,22 +351,31 @@ class Factorizer:
             self._look()
         self._last = solved
 
-    def _normal(self, rows: slice = slice(None)) -> Tensor:
-        code = self.code[:, rows]
-        return code.mT @ self._pull(code)
+    def _goal(self) -> Tensor:
+        """What the codes times the basis, or times the dictionary, are to come near."""
+        return self._split(self._weight) if self._problems == self._blocks else self._target  # Q cancels
 
-    def _right(self, rows: slice = slice(None)) -> Tensor:
-        if self._problems == self._blocks:  # Q cancels
-            return self.code[:, rows].mT @ self._pull(self._split(self._weight)[:, rows])
-        return self.code[:, rows].mT @ self._pull(self._target[:, rows])
+    def _equations(self) -> tuple[Tensor, Tensor]:
+        """The normal equations of the basis: S^T P S, and S^T P times the goal."""
+        pulled = self._pull(self.code)
+        return self.code.mT @ pulled, pulled.mT @ self._goal()
+
+    def _count(self, normal: Tensor, right: Tensor, rows: slice, sign: int) -> None:
+        """Add some independent rows to these equations, in place, or take them away."""
+        code = self.code[:, rows]
+        normal.baddbmm_(code.mT, code, alpha=sign)
+        right.baddbmm_(code.mT, self._goal()[:, rows], alpha=sign)
 
     def _fit(self, normal: Tensor, right: Tensor) -> None:
-        ridge = BASIS_RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
-        normal = _ridged(normal, ridge[:, None] + self._noise * normal.diagonal(dim1=1, dim2=2))
+        """Solve these equations. `normal` is ridged in place, and given back as it was."""
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        plain = diagonal.clone()
+        diagonal += BASIS_RIDGE * plain.mean(1, keepdim=True).clamp_min(SMALLEST) + self._noise * plain
         if self._problems == self._blocks:  # Q cancels
             self.basis = _solved(normal, right)
         else:
             self._solve_blocks(normal[0], right[0])
+        diagonal.copy_(plain)
         self._look()
 
     def _solve_blocks(self, normal: Tensor, right: Tensor) -> None:
@@ -482,8 +495,8 @@ def _solved(normal: Float[Tensor, "*p a a"], right: Float[Tensor, "*p a m"]) -> 
     """The solutions of normal equations, ridged until float32 can solve them: rows of a weight that are all alike use atoms alike."""
     mean = normal.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(SMALLEST)
     for power in range(7):
-        ridge = 10**power * RIDGE * mean if power else 0.0
-        found, failed = torch.linalg.solve_ex(_ridged(normal, ridge), right)
+        ridged = _ridged(normal, 10**power * RIDGE * mean) if power else normal
+        found, failed = torch.linalg.solve_ex(ridged, right)
         if not failed.any() and torch.isfinite(found).all():
             return found
     raise BadWeights("the atoms of a factorization are not finite: look for huge values in the weight")

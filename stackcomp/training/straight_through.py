@@ -89,8 +89,7 @@ class Latent(nn.Module):
     def project(self) -> float:
         """Project W anew, from where the last projection ended; returns the share of the support that changed."""
         factorizer, before, was = self._factorizer, self.mask.clone(), self()
-        for name in ("basis", "code", "mask"):
-            setattr(factorizer, name, getattr(self, name).clone())
+        factorizer.resume(self.basis, self.code, self.mask)
         factorizer.aim(self.weight.detach())
         factorizer.sweep(steps=WARM_STEPS)
         for name in ("basis", "code", "mask"):

@@ -81,6 +81,20 @@ def test_a_solution_that_raises_the_error_is_not_taken(monkeypatch):
         assert error(weight, factorizer.factors(), **metrics) <= before * 1.0001
 
 
+def test_a_factorizer_that_takes_over_judges_solutions_by_what_it_took(monkeypatch):
+    weight, metrics = noise(40, 24), {"inputs": metric(24, 1), "outputs": metric(40, 2)}
+    before, after = (Factorizer(weight, atoms=8, nonzeros=3, seed=seed, **metrics) for seed in (0, 1))
+    before.sweep()
+    after.resume(before.basis, before.code, before.mask)
+    left = error(weight, before.factors(), **metrics)
+    exact = torch.linalg.solve
+    monkeypatch.setattr(
+        "stackcomp.ops.factorize._solved", lambda known, right: 1.5 * exact(known, right)
+    )  # worse than what it took, better than its own start
+    after.solve_basis()
+    assert error(weight, after.factors(), **metrics) <= left * 1.0001
+
+
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rows_narrow_to_what_is_asked_for(groups: int, coupled: bool):
