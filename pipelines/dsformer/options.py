@@ -9,7 +9,7 @@ share of the supports that each projection changed.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BUDGETS, STF_RATE, entry, factorized, stf, tuned
+from recipes import BUDGETS, STF_RATE, entry, tuned, weighed
 
 import stackcomp as sc
 
@@ -18,8 +18,8 @@ RATIO = 3.57
 RATE = STF_RATE / 2
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "as in the table": {},
-    "every=64": {"every": 64},
-    "every=4": {"every": 4},
+    "every=16": {"every": 16},
+    "every=300": {"every": 300},  # after the last step only
     "half the rate": {"learning_rate": RATE / 2},
     "twice the rate": {"learning_rate": RATE * 2},
     "latent=product": {"latent": "product"},
@@ -35,9 +35,7 @@ def entries() -> Iterator[sc.Entry]:
     dense = tuned(TASK, 0)
     yield dense
     for option, settings in OPTIONS.items():
-        said = {"sensitivity": True, "learning_rate": RATE, **settings}
-        pipeline = sc.Pipeline(factorized(RATIO, sensitivity=True), stf(BUDGETS[TASK], **said))
-        yield entry(dense, option, RATIO, pipeline)
+        yield entry(dense, option, RATIO, weighed(BUDGETS[TASK], RATIO, **settings))
 
 
 study = sc.Study(name="options", entries=tuple(entries()))

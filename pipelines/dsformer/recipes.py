@@ -83,17 +83,22 @@ def stf(budget: Budget, **settings: object) -> sc.Pass:
     return sc.STF(**said, only=BLOCKS, frozen=FROZEN)
 
 
+def weighed(budget: Budget, ratio: float, **settings: object) -> sc.Pipeline:
+    """STF in the metric of inputs and gradients: it starts so near that half of the rate and few projections are enough."""
+    said = {"sensitivity": True, "every": 64, "learning_rate": STF_RATE / 2, **settings}
+    return sc.Pipeline(factorized(ratio, sensitivity=True, sweeps=8), stf(budget, **said))
+
+
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
     """Every method at an encoder compression of about `ratio`, by the name that tables use; the first `EVERYWHERE` are run at every
     ratio, the plain starts from 2.8 on, the others there only."""
     recovery = budget.recovery
     low_rank = {"ratio": ratio, "only": BLOCKS}
-    weighted = factorized(ratio, sensitivity=True)  # what starts so near is trained at half of the rates
     found = {
         "STF": sc.Pipeline(factorized(ratio), stf(budget)),
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
-        "STF, gradients": sc.Pipeline(weighted, stf(budget, sensitivity=True, learning_rate=STF_RATE / 2)),
+        "STF, gradients": weighed(budget, ratio),
         "data-aware SVD, gradients": sc.Pipeline(
             sc.LowRank(**low_rank, samples=1024), replace(recovery, learning_rate=RATE / 2)
         ),

@@ -1,3 +1,3 @@
 """Facts and contracts: plain Python that never imports torch."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -53,7 +53,10 @@ FREE_ROWS = 192  # and where it does not: as many as the cache likes, which boun
 DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of independent rows
 AHEAD = 0.8  # of the last move of a basis, added to it; from 1 on it diverges
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
-CONJUGATE_STEPS = 8  # of all values together, where P ties them
+CONJUGATE_STEPS = 16  # of all values together, where P ties them
+POLISHING = (
+    8  # rounds of both factors at the end, supports held, where P ties rows: they cost a fraction of a sweep
+)
 CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent
 ROUNDING = 5.0  # times 4^-bits: see `rounding_noise`
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
@@ -130,7 +133,7 @@ def dense_sparse(
     )
     for count in kept[1:]:
         factorizer.sweep(nonzeros=count, ahead=AHEAD)
-    factorizer.solve_basis()
+    factorizer.polish(POLISHING)
     return factorizer.factors()
 
 
@@ -240,6 +243,19 @@ class Factorizer:
             )
             self._count(normal, right, rows, 1)
             self._fit(normal, right)
+
+    def polish(self, rounds: int) -> None:
+        """Both factors in turn, supports held, where P ties the rows; others gain no more by it than by a longer sweep, and only the basis
+        is solved."""
+        if self._rows is None:
+            self.solve_basis()
+            return
+        support = self._support()
+        factors = self._row_equations(support)  # stay near enough to condition all rounds
+        for _ in range(rounds):
+            self.solve_basis()
+            self._descend_tied(support, factors, CONJUGATE_STEPS // 2)
+        self.solve_basis()
 
     def factors(self) -> DenseSparseFactors:
         """What has been found so far, both factors with the same mean square: an optimizer that takes equal steps then trains both
@@ -435,11 +451,19 @@ class Factorizer:
 
     def _solve_tied(self, steps: int) -> None:
         """All values at once for the support and basis as they are, preconditioned by each row's own equations."""
+        support = self._support()
+        self._descend_tied(support, self._row_equations(support), steps)
+
+    def _row_equations(self, support: Tensor) -> list[Tensor]:
+        """Those of each row's values on its support, factored, a part of the rows at a time."""
+        ridged = _ridged(self._gram[0], self._noise)
+        return [factor_supports(ridged, part) for part in support.split(FREE_ROWS)]
+
+    def _descend_tied(self, support: Tensor, factors: list[Tensor], steps: int) -> None:
+        """Conjugate gradients on the values of a support. factors: the row equations, of this basis or one near it."""
         start, left = self.code, self._left()
-        gram, correlations, support = self._gram[0], self._correlations()[0], self._support()
+        gram, correlations = self._gram[0], self._correlations()[0]
         importance = self._importance[:, None, None]
-        ridged = _ridged(gram, self._noise)
-        factors = [factor_supports(ridged, part) for part in support.split(FREE_ROWS)]
 
         def conditioned(residual: Tensor) -> Tensor:
             parts = (residual / importance).split(FREE_ROWS)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stackcomp.core.context import Context
     from stackcomp.training.straight_through import Latent, Start
 
+POLISHING = 8  # rounds after the last projection, supports held: nothing can make up for what it loses
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class STF(LearnedForm):
@@ -95,7 +97,7 @@ class STF(LearnedForm):
                     changed.append(_project(latents))
 
             report = self._train(model, context, self._loss(context), project)
-            changed.append(_project(latents))
+            changed.append(_project(latents, polish=POLISHING))
         return {
             **report,
             "weights": len(chosen),
@@ -131,6 +133,6 @@ class STF(LearnedForm):
         }
 
 
-def _project(latents: "dict[str, Latent]") -> float:
+def _project(latents: "dict[str, Latent]", *, polish: int = 0) -> float:
     """Project every weight; the mean share of the supports that changed."""
-    return sum(latent.project() for latent in latents.values()) / len(latents)
+    return sum(latent.project(polish=polish) for latent in latents.values()) / len(latents)

@@ -81,6 +81,18 @@ def test_a_solution_that_raises_the_error_is_not_taken(monkeypatch):
         assert error(weight, factorizer.factors(), **metrics) <= before * 1.0001
 
 
+def test_polishing_lowers_the_error_and_keeps_the_supports():
+    weight, metrics = noise(40, 24), {"inputs": metric(24, 1), "outputs": metric(40, 2)}
+    factorizer = Factorizer(weight, atoms=8, nonzeros=3, **metrics)
+    factorizer.sweep(steps=2)
+    factorizer.solve_basis()
+    before = factorizer.factors()
+    factorizer.polish(8)
+    after = factorizer.factors()
+    assert torch.equal(after.support, before.support)
+    assert error(weight, after, **metrics) < 0.97 * error(weight, before, **metrics)
+
+
 def test_a_factorizer_that_takes_over_judges_solutions_by_what_it_took(monkeypatch):
     weight, metrics = noise(40, 24), {"inputs": metric(24, 1), "outputs": metric(40, 2)}
     before, after = (Factorizer(weight, atoms=8, nonzeros=3, seed=seed, **metrics) for seed in (0, 1))
