@@ -12,8 +12,8 @@ from stackcomp.studies.rows import Row
 AS_IN_TABLE = "as in the table"
 
 OPTIONS = """\
-One option of STF changed at a time, at an encoder compression of 3.57x; one seed. *Behind* is the score less that of the recipe of the
-table."""
+One option of STF changed at a time around the recipe of the table with gradients, at an encoder compression of 3.57x; one seed. In
+brackets: the score less that of the recipe."""
 
 METRICS = """\
 A factorization keeps small the errors of the weight itself, of the layer's outputs (*inputs*), or of what the model says (*inputs and

@@ -17,7 +17,7 @@ import stackcomp as sc
 from benchmarks import command, factorizing
 from stackcomp.studies.rows import Rows, stamp
 
-EVERY = (4, 8, 16, 32)
+EVERY = (4, 16, 64)
 BATCH, LENGTH = 32, 64
 
 
