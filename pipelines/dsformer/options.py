@@ -9,7 +9,7 @@ share of the supports that each projection changed.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BUDGETS, STF_RATE, entry, tuned, weighed
+from recipes import BUDGETS, STF_RATE, entry, tuned, weighed, weighed_stf
 
 import stackcomp as sc
 
@@ -35,7 +35,8 @@ def entries() -> Iterator[sc.Entry]:
     dense = tuned(TASK, 0)
     yield dense
     for option, settings in OPTIONS.items():
-        yield entry(dense, option, RATIO, weighed(BUDGETS[TASK], RATIO, **settings))
+        pipeline = sc.Pipeline(weighed(RATIO), weighed_stf(BUDGETS[TASK], **settings))
+        yield entry(dense, option, RATIO, pipeline)
 
 
 study = sc.Study(name="options", entries=tuple(entries()))

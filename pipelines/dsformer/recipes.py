@@ -83,10 +83,14 @@ def stf(budget: Budget, **settings: object) -> sc.Pass:
     return sc.STF(**said, only=BLOCKS, frozen=FROZEN)
 
 
-def weighed(budget: Budget, ratio: float, **settings: object) -> sc.Pipeline:
-    """STF in the metric of inputs and gradients: it starts so near that half of the rate and few projections are enough."""
-    said = {"sensitivity": True, "every": 64, "learning_rate": STF_RATE / 2, **settings}
-    return sc.Pipeline(factorized(ratio, sensitivity=True, sweeps=8), stf(budget, **said))
+def weighed(ratio: float, **settings: object) -> sc.Pass:
+    """The start of STF in the metric of inputs and gradients."""
+    return factorized(ratio, **{"sensitivity": True, "sweeps": 8, **settings})
+
+
+def weighed_stf(budget: Budget, **settings: object) -> sc.Pass:
+    """STF in that metric: it starts so near that half of the rate and few projections are enough."""
+    return stf(budget, **{"sensitivity": True, "every": 64, "learning_rate": STF_RATE / 2, **settings})
 
 
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
@@ -98,7 +102,7 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
         "STF": sc.Pipeline(factorized(ratio), stf(budget)),
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
-        "STF, gradients": weighed(budget, ratio),
+        "STF, gradients": sc.Pipeline(weighed(ratio), weighed_stf(budget)),
         "data-aware SVD, gradients": sc.Pipeline(
             sc.LowRank(**low_rank, samples=1024), replace(recovery, learning_rate=RATE / 2)
         ),
