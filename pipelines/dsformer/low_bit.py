@@ -7,7 +7,8 @@ Methods, all with the same number of recovery steps, batches, teacher and losses
 
 - "rounded": LowBitWeights of 2 bits, without recovery; "ternary" and "binary": the same with 1.6 and 1; each with ", trained":
   QuantizationAware at the same bits;
-- "dense-sparse" and "low rank", in the metric of inputs and gradients, with factors of 4 or of 8 bits;
+- "dense-sparse" and "low rank", with factors of 4 or of 8 bits, each in the metric that serves it better: of inputs and gradients, and of
+  inputs alone;
 - "STF": supports learned in half of the steps, 4 bits in the other half; "STF, GPTQ", at 1.5 bits: supports and values learned in all
   steps, then rounded on calibration text, without a further step;
 - "pruned": the largest values, of 4 bits, beside a bitmap.
@@ -73,7 +74,7 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
         start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
         recovery = learned(budget, width.bits)
         yield f"dense-sparse, int{width.bits}", sc.Pipeline(weighed(**start), recovery)
-        low_rank = sc.LowRank(**start, only=BLOCKS, samples=1024)
+        low_rank = sc.LowRank(**start, only=BLOCKS, sensitivity=False, samples=1024)
         yield f"low rank, int{width.bits}", sc.Pipeline(low_rank, recovery)
     int4 = WIDTHS[0]
     half, start = {"steps": budget.steps // 2}, weighed(int4.ratio(bits), value_bits=int4.value_bits)
