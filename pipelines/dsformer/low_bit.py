@@ -7,8 +7,7 @@ Methods, all with the same number of recovery steps, batches, teacher and losses
 
 - "rounded": LowBitWeights of 2 bits, without recovery; "ternary" and "binary": the same with 1.6 and 1; each with ", trained":
   QuantizationAware at the same bits;
-- "dense-sparse" and "low rank", with factors of 4 or of 8 bits, each in the metric that serves it better: of inputs and gradients, and of
-  inputs alone;
+- "dense-sparse" and "low rank", with factors of 4 or of 8 bits;
 - "STF": supports learned in half of the steps, 4 bits in the other half; "STF, GPTQ", at 1.5 bits: supports and values learned in all
   steps, then rounded on calibration text, without a further step;
 - "pruned": the largest values, of 4 bits, beside a bitmap.
@@ -22,7 +21,7 @@ Where it is close, from 2 bits down, the methods in question have three seeds on
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes import BLOCKS, BUDGETS, FROZEN, Budget, tuned, weighed, weighed_stf
+from recipes import BLOCKS, BUDGETS, FROZEN, Budget, factorized, stf, tuned
 
 import stackcomp as sc
 
@@ -73,22 +72,26 @@ def methods(budget: Budget, bits: float) -> Iterator[tuple[str, sc.Pipeline]]:
     for width in WIDTHS:
         start = {"ratio": width.ratio(bits), "value_bits": width.value_bits}
         recovery = learned(budget, width.bits)
-        yield f"dense-sparse, int{width.bits}", sc.Pipeline(weighed(**start), recovery)
+        yield f"dense-sparse, int{width.bits}", sc.Pipeline(factorized(**start), recovery)
         low_rank = sc.LowRank(**start, only=BLOCKS, sensitivity=False, samples=1024)
         yield f"low rank, int{width.bits}", sc.Pipeline(low_rank, recovery)
-    int4 = WIDTHS[0]
-    half, start = {"steps": budget.steps // 2}, weighed(int4.ratio(bits), value_bits=int4.value_bits)
+    half, int4 = {"steps": budget.steps // 2}, WIDTHS[0]
     yield (
         "STF, int4",
         sc.Pipeline(
-            start, weighed_stf(budget, value_bits=int4.value_bits, **half), learned(budget, 4, **half)
+            factorized(ratio=int4.ratio(bits), value_bits=int4.value_bits),
+            stf(budget, value_bits=int4.value_bits, **half),
+            learned(budget, 4, **half),
         ),
     )
     if bits == GPTQ_BITS:
-        gptq = sc.GPTQ(bits=4, only=BLOCKS, samples=1024)
         yield (
             "STF, GPTQ int4",
-            sc.Pipeline(start, weighed_stf(budget, value_bits=int4.value_bits), gptq),
+            sc.Pipeline(
+                factorized(ratio=int4.ratio(bits), value_bits=int4.value_bits),
+                stf(budget, value_bits=int4.value_bits),
+                sc.GPTQ(bits=4, only=BLOCKS, samples=1024),
+            ),
         )
     pruned = sc.MagnitudePrune(sparsity=round(1 - (bits - 1) / PRUNED_BITS, 4), only=BLOCKS)
     yield "pruned, int4", sc.Pipeline(pruned, learned(budget, 4))
