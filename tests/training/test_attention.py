@@ -170,7 +170,7 @@ def test_students_of_every_form_come_nearer(step, tokenizer, tmp_path):
     values = [parameter for parameter in student.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss(student, batch), values, allow_unused=True)
     steps = [(value, found) for value, found in zip(values, gradients, strict=True) if found is not None]
-    size = 0.2 * before / sum(found.square().sum() for _, found in steps)
+    size = 0.02 * before / sum(found.square().sum() for _, found in steps)
     with torch.no_grad():
         for value, found in steps:
             value -= size * found
