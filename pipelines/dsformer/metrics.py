@@ -10,7 +10,7 @@ its rates, as the start is nearer. STS-B, one seed. Rows in docs/results/metrics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BLOCKS, BUDGETS, FROZEN, RATE, STF_RATE, entry, stf, tuned
+from recipes import BLOCKS, BUDGETS, FROZEN, RATE, WEIGHED_RATE, entry, stf, tuned
 
 import stackcomp as sc
 
@@ -33,7 +33,7 @@ def methods(ratio: float) -> Iterator[tuple[str, sc.Pipeline]]:
         yield f"low rank, {metric}", sc.Pipeline(low_rank)
         yield f"dense-sparse, {metric}", sc.Pipeline(dense_sparse)
         if metric == TRAINED:
-            learned = stf(budget, learning_rate=STF_RATE / 2, sensitivity=True)
+            learned = stf(budget, learning_rate=WEIGHED_RATE, sensitivity=True)
             yield f"low rank, {metric}, distilled", sc.Pipeline(low_rank, recovery)
             yield f"dense-sparse, {metric}, distilled", sc.Pipeline(dense_sparse, recovery)
             yield f"STF, {metric}", sc.Pipeline(dense_sparse, learned)

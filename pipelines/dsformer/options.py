@@ -2,26 +2,25 @@
 
     stackcomp study pipelines/dsformer/options.py
 
-STS-B, one seed. Rows in docs/results/options.jsonl; beside the score, their findings hold the last losses and the
-share of the supports that each projection changed.
+STS-B, one seed. Rows in docs/results/options.jsonl; beside the score, their findings hold the last losses and the share of the supports
+that each projection changed.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BUDGETS, STF_RATE, entry, tuned, weighed, weighed_stf
+from recipes import BUDGETS, WEIGHED_RATE, entry, tuned, weighed, weighed_stf
 
 import stackcomp as sc
 
 TASK = "stsb"
 RATIO = 3.57
-RATE = STF_RATE / 2
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "as in the table": {},
     "every=16": {"every": 16},
     "every=300": {"every": 300},  # after the last step only
-    "half the rate": {"learning_rate": RATE / 2},
-    "twice the rate": {"learning_rate": RATE * 2},
+    "half the rate": {"learning_rate": WEIGHED_RATE / 2},
+    "twice the rate": {"learning_rate": WEIGHED_RATE * 2},
     "latent=product": {"latent": "product"},
     "sensitivity=False": {"sensitivity": False},
     "data_aware=False": {"data_aware": False},

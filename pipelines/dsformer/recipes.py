@@ -18,6 +18,7 @@ import stackcomp as sc
 BLOCKS = "encoder.layer.*"
 FROZEN = "embeddings"
 STF_RATE = 1e-4  # of dense weights; factors and whatever else is trained as it is stored take RATE
+WEIGHED_RATE = STF_RATE / 2  # of the same in the metric of inputs and gradients, where the start is near
 RATE = 2e-4
 EVERYWHERE = 5  # methods that are run at every ratio
 
@@ -90,7 +91,7 @@ def weighed(ratio: float, **settings: object) -> sc.Pass:
 
 def weighed_stf(budget: Budget, **settings: object) -> sc.Pass:
     """STF in that metric: it starts so near that half of the rate and few projections are enough."""
-    return stf(budget, **{"sensitivity": True, "every": 64, "learning_rate": STF_RATE / 2, **settings})
+    return stf(budget, **{"sensitivity": True, "every": 64, "learning_rate": WEIGHED_RATE, **settings})
 
 
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:

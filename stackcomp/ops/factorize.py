@@ -54,9 +54,7 @@ DESCENT_STEPS = 12  # at most, of conjugate gradients, for each least squares of
 AHEAD = 0.8  # of the last move of a basis, added to it; from 1 on it diverges
 SWAPPED = 4  # a sweep may swap s / SWAPPED atoms of a row
 CONJUGATE_STEPS = 16  # of all values together, where P ties them
-POLISHING = (
-    8  # rounds of both factors at the end, supports held, where P ties rows: they cost a fraction of a sweep
-)
+POLISHING = 8  # rounds at the end, supports held, where P ties rows: they cost a fraction of a sweep
 CODE_RIDGE = 0.01  # of an atom's own product, added to it where rows are independent
 ROUNDING = 5.0  # times 4^-bits: see `rounding_noise`
 RIDGE = 1e-6  # of the mean diagonal of a Gram matrix before it is inverted
@@ -77,14 +75,14 @@ class DenseSparseFactors:
         blocks, atoms, width = self.basis.shape
         group = blocks * atoms // self.support.shape[1]
         product = self.values.new_empty(len(self.values), blocks, width)
-        for part, support, values in zip(
-            product.split(FREE_ROWS), self.support.split(FREE_ROWS), self.values.split(FREE_ROWS), strict=True
-        ):
-            codes = scatter(support, values, group).unflatten(1, (blocks, atoms))
-            part.copy_(torch.einsum("nkb,kbg->nkg", codes, self.basis))
+        for start in range(0, len(product), FREE_ROWS):
+            rows = slice(start, start + FREE_ROWS)
+            codes = scatter(self.support[rows], self.values[rows], group).unflatten(1, (blocks, atoms))
+            product[rows] = torch.einsum("nkb,kbg->nkg", codes, self.basis)
         return product.flatten(1).T.contiguous() if self.transposed else product.flatten(1)
 
 
+@torch.no_grad()
 def dense_sparse(
     weight: Float[Tensor, "rows cols"],
     *,
@@ -133,7 +131,7 @@ def dense_sparse(
     )
     for count in kept[1:]:
         factorizer.sweep(nonzeros=count, ahead=AHEAD)
-    factorizer.polish(POLISHING)
+    factorizer.polish()
     return factorizer.factors()
 
 
@@ -244,7 +242,7 @@ class Factorizer:
             self._count(normal, right, rows, 1)
             self._fit(normal, right)
 
-    def polish(self, rounds: int) -> None:
+    def polish(self) -> None:
         """Both factors in turn, supports held, where P ties the rows; others gain no more by it than by a longer sweep, and only the basis
         is solved."""
         if self._rows is None:
@@ -252,7 +250,7 @@ class Factorizer:
             return
         support = self._support()
         factors = self._row_equations(support)  # stay near enough to condition all rounds
-        for _ in range(rounds):
+        for _ in range(POLISHING):
             self.solve_basis()
             self._descend_tied(support, factors, CONJUGATE_STEPS // 2)
         self.solve_basis()

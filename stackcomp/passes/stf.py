@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from stackcomp.core.context import Context
     from stackcomp.training.straight_through import Latent, Start
 
-POLISHING = 8  # rounds after the last projection, supports held: nothing can make up for what it loses
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class STF(LearnedForm):
@@ -97,7 +95,7 @@ class STF(LearnedForm):
                     changed.append(_project(latents))
 
             report = self._train(model, context, self._loss(context), project)
-            changed.append(_project(latents, polish=POLISHING))
+            changed.append(_project(latents, last=True))
         return {
             **report,
             "weights": len(chosen),
@@ -133,6 +131,6 @@ class STF(LearnedForm):
         }
 
 
-def _project(latents: "dict[str, Latent]", *, polish: int = 0) -> float:
+def _project(latents: "dict[str, Latent]", *, last: bool = False) -> float:
     """Project every weight; the mean share of the supports that changed."""
-    return sum(latent.project(polish=polish) for latent in latents.values()) / len(latents)
+    return sum(latent.project(last=last) for latent in latents.values()) / len(latents)

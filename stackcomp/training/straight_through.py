@@ -86,15 +86,15 @@ class Latent(nn.Module):
         return self.weight + self.shift
 
     @torch.no_grad()
-    def project(self, *, polish: int = 0) -> float:
-        """Project W anew, from where the last projection ended; returns the share of the support that changed. polish: rounds at the end
-        (see `Factorizer.polish`)."""
+    def project(self, *, last: bool = False) -> float:
+        """Project W anew, from where the last projection ended; returns the share of the support that changed. last: polish the factors,
+        as nothing can make up any more for what they leave."""
         factorizer, before, was = self._factorizer, self.mask.clone(), self()
         factorizer.resume(self.basis, self.code, self.mask)
         factorizer.aim(self.weight.detach())
         factorizer.sweep(steps=WARM_STEPS)
-        if polish:
-            factorizer.polish(polish)
+        if last:
+            factorizer.polish()
         for name in ("basis", "code", "mask"):
             getattr(self, name).copy_(getattr(factorizer, name))
         self.shift.copy_(factorizer.product() - self.weight)

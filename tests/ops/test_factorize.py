@@ -81,13 +81,21 @@ def test_a_solution_that_raises_the_error_is_not_taken(monkeypatch):
         assert error(weight, factorizer.factors(), **metrics) <= before * 1.0001
 
 
+def test_a_parameter_is_factorized_and_a_product_is_differentiable():
+    factors = dense_sparse(torch.nn.Parameter(noise(40, 24)), atoms=8, nonzeros=3)
+    values = factors.values.requires_grad_()
+    factors.product().sum().backward()
+    assert values.grad is not None
+    assert values.grad.abs().sum() > 0
+
+
 def test_polishing_lowers_the_error_and_keeps_the_supports():
     weight, metrics = noise(40, 24), {"inputs": metric(24, 1), "outputs": metric(40, 2)}
     factorizer = Factorizer(weight, atoms=8, nonzeros=3, **metrics)
     factorizer.sweep(steps=2)
     factorizer.solve_basis()
     before = factorizer.factors()
-    factorizer.polish(8)
+    factorizer.polish()
     after = factorizer.factors()
     assert torch.equal(after.support, before.support)
     assert error(weight, after, **metrics) < 0.97 * error(weight, before, **metrics)

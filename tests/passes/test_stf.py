@@ -170,6 +170,21 @@ def test_what_it_leaves_is_plain_factors_of_the_same_bytes_and_reloads(factorize
         assert torch.equal(checkpoint.load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
 
 
+def test_factors_are_polished_after_the_last_projection_alone(factorized, tokenizer, tmp_path, monkeypatch):
+    model, ids = factorized
+    done = []
+    for name in ("sweep", "polish"):
+        real = getattr(Factorizer, name)
+
+        def noted(self, *args, name=name, real=real, **settings):
+            done.append(name)
+            return real(self, *args, **settings)
+
+        monkeypatch.setattr(Factorizer, name, noted)
+    found = apply_to(model, sc.STF(**QUICK, every=1), tokenizer, tmp_path / "scratch")
+    assert done == ["sweep"] * (len(found["changed"]) - 1) * len(ids) + ["sweep", "polish"] * len(ids)
+
+
 def test_supports_move_where_the_weight_as_it_came_is_known_and_hardly_do_elsewhere(tokenizer, tmp_path):
     def changed(latent):
         model = toys.bert_classifier()
