@@ -22,7 +22,7 @@ when the basis has learned what they are for (`narrowing`); and each new basis i
 alternating least squares, Mitchell et al., arXiv:1810.05846).
 
 Codes of independent rows pay a little for their size, as in a ridge regression: values that cancel one another are large, and hold the
-next dictionary where it is.
+next dictionary where it is. After the last sweep they do not (`polish`).
 
 Factors that will be rounded are made for it: with `noise`, the mean square of the rounding over that of the values, what is minimised is
 the error that is to be expected afterwards,
@@ -243,9 +243,10 @@ class Factorizer:
             self._fit(normal, right)
 
     def polish(self) -> None:
-        """Both factors in turn, supports held, where P ties the rows; others gain no more by it than by a longer sweep, and only the basis
-        is solved."""
+        """Both factors in turn, supports held, where P ties the rows; the others, which gain little by more rounds, have their values
+        solved once more without the ridge that learning needs."""
         if self._rows is None:
+            self._settle()
             self.solve_basis()
             return
         support = self._support()
@@ -325,6 +326,14 @@ class Factorizer:
             group=self._group,
             steps=DESCENT_STEPS,
         )
+
+    def _settle(self) -> None:
+        """The values of independent rows on their supports, with no other ridge than rounding asks for."""
+        gram = _ridged(self._gram, min(self._noise - CODE_RIDGE, 0.0))
+        for rows in self._parts():
+            code = self.code[:, rows]
+            residual = pursuit.unexplained(gram, self._correlations(rows), code)
+            self.code[:, rows] = pursuit.descend(gram, residual, code, self.mask[:, rows], DESCENT_STEPS)
 
     # the basis
 

@@ -40,14 +40,20 @@ def descend(
     leaves `residual`."""
     keep = mask.to(code.dtype)  # a product with booleans is several times as slow
     code, residual = code.clone(), residual * keep
-    step, curved = residual.clone(), torch.empty_like(residual)
-    size = residual.square().sum(2, keepdim=True)
+    step, curved, spare = residual.clone(), torch.empty_like(residual), torch.empty_like(residual)
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return torch.mul(one, other, out=spare).sum(
+            2, keepdim=True
+        )  # new memory takes longer than the product
+
+    size = dot(residual, residual)
     gained = torch.zeros_like(size).sum()
     for _ in range(steps):
         torch.bmm(step, gram, out=curved)
         curved.mul_(keep)
-        curvature = (step * curved).sum(2, keepdim=True)
-        flat = curvature <= FLAT * step.square().sum(2, keepdim=True)  # rounding is all that is left
+        curvature = dot(step, curved)
+        flat = curvature <= FLAT * dot(step, step)  # rounding is all that is left
         length = torch.where(flat, 0.0, size / curvature)
         code.addcmul_(length, step)
         gains = (length * size).sum()
@@ -55,7 +61,7 @@ def descend(
         if gains <= ENOUGH * gained:
             break
         residual.addcmul_(length, curved, value=-1)
-        before, size = size, residual.square().sum(2, keepdim=True)
+        before, size = size, dot(residual, residual)
         torch.addcmul(residual, size / before.clamp_min(torch.finfo(before.dtype).tiny), step, out=step)
     return code
 
@@ -84,7 +90,7 @@ def first_code(
     code = correlations @ inverse
     cost = inverse.diagonal(dim1=1, dim2=2)[:, None]
     mask = strongest(code.square() / cost, nonzeros, group)
-    code = code * mask
+    code *= mask
     return descend(gram, unexplained(gram, correlations, code), code, mask, steps), mask
 
 
