@@ -43,6 +43,7 @@ def combinations(
     task: "Task",
     passes: Mapping[str, Pass | Sequence[Pass]],
     seeds: Sequence[int] = (0,),
+    again: Mapping[str, Sequence[int]] | None = None,
     recovery: Pass | None = None,
     recover: Literal["end", "each"] = "end",
     tokenizer: str | Path | None = None,
@@ -52,7 +53,8 @@ def combinations(
 ) -> Study:
     """The study of every subset of `passes` in every order, and at every strength, that the contracts allow on `model`.
 
-    passes: by the name that keys and tables use; several passes of one class under one name are its strengths. recovery:
+    passes: by the name that keys and tables use; several passes of one class under one name are its strengths. again: further
+    seeds of some pipelines, by the names that keys have without their seed: those that the sweep has found to matter. recovery:
     "end" puts it once behind every pipeline; "each" puts it behind every technique, and behind the last one as often as
     it takes for all pipelines to have as many of them as there are techniques. With one, the model as it came gets it, too.
     The others are those of `Entry`.
@@ -60,7 +62,8 @@ def combinations(
     Entries of one seed follow one another so that those with a common beginning are neighbours: each beginning is run once, and
     few checkpoints are kept at a time. What is illegal is in `Study.skipped`. The model's headers are read, no weight.
 
-    Raises StudyRefused when a technique is in no legal pipeline, with the words of the contract, SettingError for wrong types.
+    Raises StudyRefused when a technique is in no legal pipeline, with the words of the contract, SettingError for wrong types and for
+    pipelines in `again` that there are not.
     """
     one_of("recover", recover, ("end", "each"))
     steps = techniques(passes)
@@ -77,9 +80,18 @@ def combinations(
     _refuse_unused(steps, legal, skipped)
     if recovery is not None:
         legal.insert(0, ((), _pipeline((), recovery, recover, len(passes))))
+    named = {THEN.join(map(str, order)) or "dense": (order, pipeline) for order, pipeline in legal}
+    again = again or {}
+    for key, more in again.items():
+        if key not in named:
+            raise SettingError(f"again: no legal pipeline of the study is named {key!r}: see --list")
+        if isinstance(more, str) or not isinstance(more, Sequence):
+            raise SettingError(
+                f"again: {more!r} is no sequence of seeds of {key!r}: give one, such as (1, 2)"
+            )
     entries = [
         Entry(
-            key=f"{THEN.join(map(str, order)) or 'dense'}/{seed}",
+            key=f"{key}/{seed}",
             model=model,
             pipeline=pipeline,
             task=task,
@@ -90,8 +102,9 @@ def combinations(
             limit=limit,
             latency=latency,
         )
-        for seed in seeds
-        for order, pipeline in legal
+        for seed in dict.fromkeys((*seeds, *(seed for more in again.values() for seed in more)))
+        for key, (order, pipeline) in named.items()
+        if seed in seeds or seed in again.get(key, ())
     ]
     return Study(name=name, entries=(*line_of(model), *entries), skipped=tuple(skipped))
 

@@ -124,6 +124,19 @@ def test_seeds_follow_one_another_and_a_model_that_is_made_comes_first(folder):
     found.check()
 
 
+def test_some_pipelines_have_further_seeds(folder):
+    passes = {name: APART[name] for name in ("prune", "words")}
+    found = made(folder, passes, recovery=TUNE, again={"dense": (1, 2), "words > prune": (2, 0)})
+    keys = [one.key for one in found.entries]
+    assert keys[5:] == ["dense/1", "dense/2", "words > prune/2"]
+    assert all(key.endswith("/0") for key in keys[:5])
+    assert found.entries[-1].pipeline == found.entries[keys.index("words > prune/0")].pipeline
+    with pytest.raises(SettingError, match="no legal pipeline of the study is named 'prune/0'"):
+        made(folder, passes, again={"prune/0": (1,)})
+    with pytest.raises(SettingError, match="3 is no sequence of seeds of 'prune'"):
+        made(folder, passes, again={"prune": 3})
+
+
 @pytest.mark.parametrize(
     ("passes", "said"),
     [

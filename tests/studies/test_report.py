@@ -140,6 +140,13 @@ def test_several_seeds_have_an_interval_where_a_draw_changes_something(tmp_path)
     assert "67% more compression (95% interval +67% to +150%)" in texts(tmp_path, rows)[1]
 
 
+def test_seeds_that_only_some_pipelines_have_give_no_interval_to_the_others(tmp_path):
+    page, _ = texts(tmp_path, [*ROWS, {**ROWS[-1], "seed": 1}])
+    assert "seeds: 0; 1 of some pipelines." in page
+    assert "(one seed)" in page
+    assert "seeds: 0." in texts(tmp_path)[0]
+
+
 def test_singles_without_a_finished_row_are_named_beside_the_figure(tmp_path):
     failed = {**ROWS[1], "error": {"type": "BadWeights", "message": "NaN"}}
     for text in texts(tmp_path, [ROWS[0], failed, *ROWS[2:]]):

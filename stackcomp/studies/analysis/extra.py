@@ -22,7 +22,7 @@ class Extra:
 
     of: whose bytes are meant; single, stack: the pipelines with the fewest; a stack has two techniques or more. value: None
     where no single, or no stack, reaches the floor. interval: 95% of the draws with a figure; drawn: their share of all; seeds: how many
-    the pipelines have. ceiling: the extra if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is
+    both pipelines have. ceiling: the extra if the encoder took no bytes and the rest were as in `stack`; None where only the encoder is
     meant. predicted: the stack's compression if those of its techniques alone multiplied, None where one of them has no row; found: what it
     is. nearest: what scores best among the singles and among the stacks.
     """
@@ -78,7 +78,7 @@ def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
         value=_bytes(single, of) / _bytes(stack, of) - 1,
         interval=(float(low), float(high)),
         drawn=float(both.mean()),
-        seeds=len(cells.seeds),
+        seeds=min(len(single.rows), len(stack.rows)),
         ceiling=single.size_bytes / rest - 1 if of == "file" else None,
         predicted=_product(cells, stack, of),
         found=exp(_log(stack, of).value),

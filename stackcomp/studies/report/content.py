@@ -114,7 +114,7 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
     )
     yield (
         f"Run on {row['date']}: {row['machine']['processor']}, threads: {row['machine']['threads']}, torch "
-        f"{row['versions']['torch']}, transformers {row['versions']['transformers']}; seeds: {', '.join(map(str, cells.seeds))}."
+        f"{row['versions']['torch']}, transformers {row['versions']['transformers']}; seeds: {_seeds(cells)}."
     )
     if study.skipped:
         reasons = Counter(one.reason for one in study.skipped)
@@ -124,6 +124,18 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
 
 
 # the extra
+
+
+def _seeds(cells: Cells) -> str:
+    """Those of all pipelines, and those that only some have."""
+    every = [
+        seed
+        for seed in cells.seeds
+        if all(seed in (row["seed"] for row in cell.rows) for cell in cells.cells)
+    ]
+    some = [seed for seed in cells.seeds if seed not in every]
+    said = [", ".join(map(str, every))] if every else []
+    return "; ".join([*said, *([f"{', '.join(map(str, some))} of some pipelines"] if some else [])])
 
 
 def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
