@@ -44,6 +44,7 @@ _METHODS = {  # name, colour, marker, line
     "2 layers": ("2 layers", GREY, "X", ""),
     "2 layers, hidden states": ("2 layers,\nhidden states", GREY, "*", ""),
 }
+_PLAIN = "plain start"  # these, too, must not flatten the others
 _FAR_BELOW = ("pruned, int4",)  # what must not flatten the other lines
 _FEW_BITS = {  # methods that are one line, and its name, colour, marker, line
     ("dense-sparse, int4",): ("dense-sparse,\nint4", BLUE, "o", "-"),
@@ -127,7 +128,8 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
             _panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
         figure.supxlabel(
-            "encoder compression, every index counted (log scale), and bytes of encoder and file; grey: 95% interval of the dense score"
+            "encoder compression, every index counted (log scale), and bytes of encoder and file\n"
+            "points: mean distance to the dense model of the same seed; grey: 95% interval of the dense score"
         )
         return _svg(figure)
 
@@ -140,18 +142,21 @@ def _say_not_run(axes: "Axes") -> None:
 def _panel(axes: "Axes", found: Comparison, task: str) -> None:
     drawn: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in found.finished if row["labels"]["task"] == task]
+    came = found.cell(task, *DENSE)
     for method in _METHODS:
         cells = [found.cell(task, method, ratio) for ratio in found.ratios]
-        points = sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells if cell.rows)
+        points = sorted(
+            (cell.mean("layer_compression"), cell.beside(came)) for cell in cells if cell.rows and came.rows
+        )
         if points:
             drawn[method] = points
-    beside = found.cell(task, *DENSE)
-    if not drawn or not beside.rows:
+    if not drawn:
         _say_not_run(axes)
         return
-    dense = beside.score
+    dense = came.score
     lines = {name for name in drawn if _METHODS[name][3]}
-    floor = _floor([dense.value, *(score for name in lines for _, score in drawn[name])])
+    near = [score for name in lines if not name.endswith(_PLAIN) for _, score in drawn[name]]
+    floor = _floor([dense.value, *near])
     heights = [max(score, floor) for points in drawn.values() for _, score in points] + [dense.value]
     gap = (max(heights) - min(heights) or 1.0) / 16
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
@@ -171,7 +176,8 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
             linewidth=width,
             markersize=size,
         )
-        below = f" {points[0][1]:.1f} ↓" if points[0][1] < floor else ""
+        low = [f"{score:.1f}" for _, score in points if score < floor]
+        below = f" {', '.join(low)} ↓" if low else ""
         (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
     _write(axes, left, 1.9, gap, "right")
     _write(axes, right, 3.75, gap, "left")

@@ -98,6 +98,13 @@ def test_a_cell_is_the_mean_over_seeds_with_a_t_interval_and_of_one_seed_the_boo
     assert (one.value, one.half, one.count) == (80.0, 1.5, 1)
 
 
+def test_beside_the_dense_model_missing_seeds_are_no_merit():
+    found = compared(lambda entry: 80.0 + 5 * entry.seed - (entry.labels["method"] == "SVD"))
+    few = found.cell("reviews", "SVD", 2.8)  # one seed, the dense model has three
+    assert few.score.value == pytest.approx(79.0)
+    assert few.beside(found.cell("reviews", *comparison.DENSE)) == pytest.approx(84.0)
+
+
 def test_a_difference_pairs_seeds_and_weighs_tasks_the_same():
     """SVD has three seeds on two tasks and one on the others: their losses count the same nevertheless."""
     losses = {"stsb": 1.0, "reviews": 2.0, "mrpc": 3.0, "sst2": 6.0}
