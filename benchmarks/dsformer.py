@@ -14,7 +14,7 @@ from stackcomp.studies.rows import Row
 
 RATIO = 2.8  # the one at which all methods are run
 STF = "STF"
-AGAINST = (("STF", "conventional"), ("STF, plain start", "conventional, plain start"))  # from the same start
+AGAINST = tuple((f"STF{start}", f"conventional{start}") for start in ("", ", gradients", ", plain start"))
 LOW_RANK = ("data-aware SVD", "SVD", "FWSVD")  # the first is run at every ratio
 GRADIENTS = ("STF, gradients", "data-aware SVD, gradients")
 # all of them were run at every ratio
@@ -144,7 +144,7 @@ def _against_conventional(found: Comparison, ratios: Sequence[float] | None = No
         )
         for ours, theirs in AGAINST
         for ratio in ratios or sorted(found.ratios)
-        if ours in found.methods(ratio)
+        if {ours, theirs} <= set(found.methods(ratio))
     ]
 
 
@@ -305,6 +305,7 @@ def _spoken(method: str) -> str:
         GRADIENTS[0]: "DSFormer (STF), gradients",
         "STF, plain start": "DSFormer (STF), plain start",
         "conventional": "conventional practice",
+        "conventional, gradients": "conventional practice, gradients",
         "conventional, plain start": "conventional practice, plain start",
     }
     return names.get(method, method)

@@ -35,6 +35,7 @@ _METHODS = {  # name, colour, marker, line
     "STF, plain start": ("DSFormer,\nplain start", BLUE, "p", ":"),
     "conventional, plain start": ("conventional,\nplain start", ORANGE, "s", ":"),
     "STF, gradients": ("DSFormer,\ngradients", BLUE, "h", "-."),
+    "conventional, gradients": ("conventional,\ngradients", ORANGE, "P", "-."),
     "data-aware SVD": ("data-aware SVD", GREEN, "^", "--"),
     "data-aware SVD, gradients": ("data-aware SVD,\ngradients", GREEN, ">", "-."),
     "SVD": ("SVD", GREEN, "v", ""),

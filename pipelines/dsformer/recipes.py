@@ -96,17 +96,16 @@ def weighed_stf(budget: Budget, **settings: object) -> sc.Pass:
 
 def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
     """Every method at an encoder compression of about `ratio`, by the name that tables use; the first `EVERYWHERE` are run at every
-    ratio, the plain starts from 2.8 on, the others there only."""
+    ratio, conventional practice from the other starts from 2.8 on, the others there only."""
     recovery = budget.recovery
+    gentle = replace(recovery, learning_rate=RATE / 2)  # for starts that are near
     low_rank = {"ratio": ratio, "only": BLOCKS}
     found = {
         "STF": sc.Pipeline(factorized(ratio), stf(budget)),
         "conventional": sc.Pipeline(factorized(ratio), recovery),
         "data-aware SVD": sc.Pipeline(sc.LowRank(**low_rank, sensitivity=False, samples=1024), recovery),
         "STF, gradients": sc.Pipeline(weighed(ratio), weighed_stf(budget)),
-        "data-aware SVD, gradients": sc.Pipeline(
-            sc.LowRank(**low_rank, samples=1024), replace(recovery, learning_rate=RATE / 2)
-        ),
+        "data-aware SVD, gradients": sc.Pipeline(sc.LowRank(**low_rank, samples=1024), gentle),
     }
     if ratio == 2.0:
         return found
@@ -114,6 +113,7 @@ def methods(budget: Budget, ratio: float) -> dict[str, sc.Pipeline]:
     found |= {
         "STF, plain start": sc.Pipeline(plain, stf(budget)),
         "conventional, plain start": sc.Pipeline(plain, recovery),
+        "conventional, gradients": sc.Pipeline(weighed(ratio), gentle),
     }
     if ratio != 2.8:
         return found

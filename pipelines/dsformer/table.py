@@ -3,9 +3,9 @@
     stackcomp study pipelines/dsformer/table.py            # says what is left and for how long; stop and go on as you like
     stackcomp study pipelines/dsformer/table.py --list
 
-All methods at 2.8; at 2 and 3.57 conventional practice, and STF and the best low rank, both with and without gradients in the metric.
-Three seeds on the small tasks; on the large ones three of these and of the dense model, and one of the rest. Every finished row is in
-docs/results/dsformer.jsonl, and is not run again.
+All methods at 2.8; at 2 and 3.57 conventional practice, and STF and the best low rank, both with and without gradients in the metric; at
+3.57 conventional practice from every start, too. Three seeds on the small tasks; on the large ones three of those that run at every
+ratio and of the dense model, and one of the rest. Every finished row is in docs/results/dsformer.jsonl, and is not run again.
 """
 
 from collections.abc import Iterator
