@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="working folder, shared by processes (default out/study/NAME)"
     )
     _add_results(command)
-    command.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="entries whose key matches")
+    command.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="GLOB", help="entries whose key matches"
+    )
     command.add_argument(
         "--minutes", type=float, metavar="N", help="start no further entry after so many minutes"
     )

@@ -303,6 +303,10 @@ def test_without_a_reader_the_study_goes_on(command, tmp_path):
 def test_the_command_lists_runs_what_is_asked_for_and_tells_failures(command, tmp_path, capsys):
     assert main([*command, "--list"]) == 0
     assert "missing  tuned/pruned\n" in capsys.readouterr().out
+    assert main([*command, "--list", "--only", "tuned", "--only", "tuned/p*"]) == 0
+    listed = capsys.readouterr().out
+    assert "missing  tuned\n" in listed
+    assert "missing  tuned/pruned\n" in listed
     assert main([*command, "--only", "tun?d"]) == 0
     assert applied() == ["Train"]
     (tmp_path / "mine.py").write_text(
