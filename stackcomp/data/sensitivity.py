@@ -4,8 +4,9 @@ labels.
 Letters: n output features of a layer; g (n) the gradient of what the model says with respect to one token's output of that layer.
 
 The moment G = E[g g^T] weighs the errors a compressed layer makes: directions that nothing downstream reads cost nothing. No label is
-read for it: for classes and next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix,
-as in FWSVD, arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token;
+read for it: for next tokens the gradient is that of log p(y) with y drawn from the model's own prediction (the Fisher matrix, as in FWSVD,
+arXiv 2207.00112, but whole and without labels), and for answers to questions the same with y the first and the last token; for classes
+the same of a softened prediction, since at `TEMPERATURE` 1 the many texts of which a fine-tuned model is sure would say next to nothing;
 for numbers that of the number; for plain encoders that of the normalised mean embedding along random signs.
 """
 
@@ -24,6 +25,7 @@ from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
 from stackcomp.nn import WeightHandle
 
+TEMPERATURE = 4.0  # of predicted classes
 PROBES = 1  # random draws a batch: many texts say more than many draws
 
 
@@ -163,8 +165,8 @@ def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -
     if logits.shape[-1] == 1:
         return (logits * _signs(logits, generator)).sum()
     if logits.ndim == 3:
-        logits = logits[batch["attention_mask"].bool()]
-    return _log_chance(logits, generator)
+        return _log_chance(logits[batch["attention_mask"].bool()], generator)
+    return _log_chance(logits / TEMPERATURE, generator)
 
 
 def _log_chance(logits: Tensor, generator: torch.Generator) -> Tensor:

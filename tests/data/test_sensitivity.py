@@ -1,4 +1,4 @@
-"""What answers to questions depend on."""
+"""On what the outputs of a model depend."""
 
 import pytest
 import torch
@@ -24,6 +24,19 @@ def test_gradients_of_answers_have_the_moment_of_draws_from_the_prediction() -> 
     wanted = (1 - chance.pow(2).sum(-1)).sum(0) / calibration.tokens
     assert found is not None
     assert found.diagonal().tolist() == pytest.approx(wanted.tolist(), rel=0.1)
+
+
+def test_texts_of_which_a_classifier_is_sure_count_too() -> None:
+    """Of log p(y), p softened to temperature 4, with respect to the logits: p (1 - p) / 16 for either of two classes."""
+    model, tokenizer = toys.bert_classifier(), toys.tokenizer()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([5.0, -5.0]))
+    calibration = Calibration(["the film is good"] * 4000, tokenizer, batch_size=1000)
+    (found,) = gradient_moments(calibration, model, {"classes": model.classifier}, seed=0).values()
+    assert found is not None
+    chance = torch.tensor([10.0, 0.0]).div(4).softmax(0)
+    assert found.diagonal().tolist() == pytest.approx([float(chance.prod()) / 16] * 2, rel=0.2)
 
 
 def test_the_moments_of_all_modules_that_use_a_weight_are_added() -> None:
