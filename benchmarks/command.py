@@ -35,7 +35,7 @@ def study(name: str, options: argparse.Namespace) -> Iterator[Rows]:
             f"--out and --results are both {options.out}, which is held for the run: give two folders"
         )
     with locked(options.out):
-        yield Rows(name=name, folder=options.results)
+        yield Rows(name=name, folder=options.results, by=())
 
 
 def pipeline_file(name: str) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def _check(options: argparse.Namespace) -> int:
 
     found = read_file(options.file)
     pipeline = _pipeline(found, options.file)
-    model = options.model or found.get("model")
+    model = found.get("model") if options.model is None else options.model
     against = model if isinstance(model, str | Path) else None
     plans = check(pipeline, against, found.get("task"))
     predicted = _predicted(pipeline, against, found.get("task"), options.file) if options.size else []
@@ -302,7 +302,14 @@ def _study(options: argparse.Namespace) -> int:
     if options.replay is not None:
         from stackcomp.studies.replay import replay
 
-        found = replay(study, rows, options.replay, options.out or Path("out/replay") / study.name)
+        _refuse_beside_replay(options)
+        found = replay(
+            study,
+            rows,
+            options.replay,
+            options.out or Path("out/replay") / study.name,
+            threads=options.threads,
+        )
         print(found.words)
         return 0 if found.same else 1
     runner = Runner(study=study, rows=rows, out=out, only=tuple(options.only), minutes=options.minutes)
@@ -315,6 +322,12 @@ def _study(options: argparse.Namespace) -> int:
         file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads
     )
     return 0 if (crew.here() if options.ray is None else crew.on_ray(options.ray)) else 1
+
+
+def _refuse_beside_replay(options: argparse.Namespace) -> None:
+    given = [name for name in ("list", "only", "minutes", "workers", "ray") if getattr(options, name)]
+    if given:
+        raise SettingError(f"--replay runs one row, here and now: leave out --{given[0]}")
 
 
 def _search(options: argparse.Namespace) -> int:

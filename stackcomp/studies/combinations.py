@@ -21,6 +21,8 @@ from stackcomp.studies.study import Entry, Skipped, Study, line_of, plan_for
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
 
+DENSE, LEFT_OUT = "dense", "-"
+TAKEN = {DENSE: "the model without a technique", LEFT_OUT: "a technique that a search leaves out"}
 THEN = " > "  # between the names of techniques in a key
 
 
@@ -80,7 +82,7 @@ def combinations(
     _refuse_unused(steps, legal, skipped)
     if recovery is not None:
         legal.insert(0, ((), _pipeline((), recovery, recover, len(passes))))
-    named = {THEN.join(map(str, order)) or "dense": (order, pipeline) for order, pipeline in legal}
+    named = {THEN.join(map(str, order)) or DENSE: (order, pipeline) for order, pipeline in legal}
     again = again or {}
     for key, more in again.items():
         if key not in named:
@@ -116,6 +118,10 @@ def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
         if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
             raise SettingError(
                 f"passes: {name!r} is no name of a technique: use words of letters, digits, . - _"
+            )
+        if name in TAKEN:
+            raise SettingError(
+                f"passes: {name!r} is what {TAKEN[name]} is called: give the technique another name"
             )
         items = [given] if isinstance(given, Pass) else list(given)
         if not items or not all(isinstance(item, Pass) for item in items):

@@ -1,4 +1,4 @@
-"""Rows of results: docs/results/NAME.jsonl, one JSON object a line, one row a key.
+"""Rows of results: docs/results/NAME.jsonl, one JSON object a line, one row for all that was declared in one way under one key.
 
 A row holds what was run (the exact declaration and seed), on what (library versions, machine) and when, beside its
 figures, so that a study knows from its rows alone what is done, and a reader can run a row again.
@@ -6,7 +6,7 @@ figures, so that a study knows from its rows alone what is done, and a reader ca
 
 import json
 import platform
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,18 @@ from stackcomp.core.files import locked, write_atomic
 from stackcomp.core.ledger import Ledger
 
 FOLDER = Path("docs/results")
+RECIPE = (
+    "declaration",
+    "model",
+    "task",
+    "seed",
+    "split",
+    "limit",
+    "latency",
+    "task_digest",
+    "tokenizer",
+    "before",
+)
 LOWER_IS_BETTER = ("perplexity",)
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -26,10 +38,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of one study."""
+    """The rows of one study. by: what tells two rows of one key apart, so that neither replaces the other."""
 
     name: str
     folder: Path = FOLDER
+    by: tuple[str, ...] = RECIPE
 
     @property
     def path(self) -> Path:
@@ -37,36 +50,34 @@ class Rows:
         return self.folder / f"{self.name}.jsonl"
 
     def read(self) -> list[Row]:
-        """All rows in the order they were first added, of several with one key (two files put together) the last one; none when the study
-        has not run. Raises ResultsDamaged, naming the line, for what is no row."""
+        """All rows in the order they were first added, of several that are the same in `by` (two files put together) the last one, and
+        rather one that is finished than one that says how it failed; none when the study has not run. Raises ResultsDamaged, naming the
+        line, for what is no row."""
         if not self.path.is_file():
             return []
         found: dict[str, Row] = {}
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                row = json.loads(line.decode("utf8"))
-                found[row["key"]] = row
-            except (ValueError, KeyError, TypeError) as error:
+                self._put(found, json.loads(line.decode("utf8")))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ResultsDamaged(
                     f"{self.path}, line {number}: no row ({error!r}); remove the line"
                 ) from error
         return [*found.values()]
 
-    def add(self, row: Row) -> None:
-        """Append `row`, or put it in place of the row with the same key; a crash leaves the old file or the new one,
-        and of two processes none loses the other's row."""
+    def add(self, *rows: Row) -> None:
+        """Append `rows`, or put each in place of the row that is the same in `by`, unless that is finished and this one failed; a crash
+        leaves the old file or the new one, and of two processes none loses the other's row."""
         with locked(self.folder, wait=True):
-            kept = {old["key"]: old for old in self.read()}
-            self._write({**kept, row["key"]: row}.values())
+            kept: dict[str, Row] = {}
+            for row in (*self.read(), *rows):
+                self._put(kept, row)
+            write_atomic(self.path, "".join(f"{json.dumps(row)}\n" for row in kept.values()))
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Remove the rows of these keys."""
-        if keys:
-            with locked(self.folder, wait=True):
-                self._write([row for row in self.read() if row["key"] not in keys])
-
-    def _write(self, rows: Iterable[Row]) -> None:
-        write_atomic(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    def _put(self, rows: dict[str, Row], row: Row) -> None:
+        same = json.dumps([row["key"], *(row.get(name) for name in self.by)])
+        if same not in rows or "error" not in row or "error" in rows[same]:
+            rows[same] = row
 
     def has(self, key: str, **same: Any) -> bool:
         """Whether there is a row with this key whose other entries equal `same`: what the study would run again."""

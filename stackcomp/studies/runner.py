@@ -73,14 +73,15 @@ class Runner:
         return self.walk()
 
     def begin(self) -> None:
-        """Judge all pipelines, say what is to do, and forget the failures of earlier runs: they are tried again."""
+        """Judge all pipelines, say what is to do, and mark the failures of earlier runs: they are tried again."""
         if self.minutes is not None:
             within("minutes", self.minutes, 0.0)
         self.rows.folder.mkdir(parents=True, exist_ok=True)
         self.chosen()
         self.study.check()
         self._claim()
-        self.rows.remove(self.failed())
+        failed, rows = self.failed(), self._rows()
+        self.rows.add(*({**rows[key], "again": True} for key in rows if key in failed))
         self.tell(self.summary())
         self._prune()
 
@@ -119,22 +120,17 @@ class Runner:
 
     def finished(self) -> dict[str, Row]:
         """The rows of finished entries, by key."""
-        rows = {row["key"]: row for row in self.rows.read()}
-        return {
-            entry.key: rows[entry.key]
-            for entry in self.study.entries
-            if entry.key in rows and entry.is_done(rows[entry.key])
-        }
+        return {key: row for key, row in self._rows().items() if "error" not in row}
 
     def failed(self) -> set[str]:
-        """Keys of the chosen entries that failed, and of those that they start from."""
-        line = {one.key: one for entry in self.chosen() for one in line_of(entry)}
-        rows = {row["key"]: row for row in self.rows.read()}
-        return self.lost | {
-            key
-            for key, entry in line.items()
-            if key in rows and "error" in rows[key] and entry.made(rows[key])
-        }
+        """Keys of the chosen entries that failed, and of those that they start from; not those that are to be tried again."""
+        line = {one.key for entry in self.chosen() for one in line_of(entry)}
+        failed = (key for key, row in self._rows().items() if "error" in row and not row.get("again"))
+        return self.lost | line.intersection(failed)
+
+    def _rows(self) -> dict[str, Row]:
+        """The rows that the entries made, by key."""
+        return {row["key"]: row for row in self.study.own(self.rows.read())}
 
     def summary(self) -> str:
         """What is done and what remains, in one line, and below it why pipelines were left out, if any were."""
@@ -149,13 +145,13 @@ class Runner:
 
     def table(self) -> str:
         """One line an entry: done, failed or missing."""
-        done, rows = self.finished(), {row["key"]: row for row in self.rows.read()}
+        rows = self._rows()
         lines: list[str] = []
         for entry in self.chosen():
-            row = rows.get(entry.key, {})
-            if entry.key in done:
+            row = rows.get(entry.key)
+            if row and "error" not in row:
                 lines.append(f"done     {_figures(row)}")
-            elif "error" in row and entry.made(row):
+            elif row:
                 lines.append(f"failed   {entry.key}  {row['error']['type']}: {row['error']['message']}")
             else:
                 lines.append(f"missing  {entry.key}")

@@ -23,7 +23,7 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import one_of, whole, within
 from stackcomp.manager import check
-from stackcomp.studies.combinations import THEN, Technique, techniques
+from stackcomp.studies.combinations import LEFT_OUT, THEN, Technique, techniques
 from stackcomp.studies.rows import Row, Rows, direction, unbeaten
 from stackcomp.studies.runner import Runner, say
 from stackcomp.studies.study import Entry, Study, line_of, plan_for
@@ -31,7 +31,6 @@ from stackcomp.studies.study import Entry, Study, line_of, plan_for
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
 
-LEFT_OUT = "-"  # the choice not to use a technique
 POINT = 1.0  # a point beyond what may be lost weighs as much as a factor of two in bytes
 OVER = 1e3  # points that a doubling beyond the size allowed weighs as much as: none is worth it
 BATCH = 8  # proposals between looks at the rows: those of a batch share their steps
@@ -41,7 +40,8 @@ PATIENCE = 50  # proposals in a row that are illegal or known already, after whi
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One round of a search. examples: how many are scored, all of the selection split for None; steps: the share of every training
-    pass's steps that is run, one at least; by: what pipelines are judged by, their "score" or the "output error" (see `Measured`)."""
+    pass's `steps` that is run, one at least, or of its epochs where it has no `steps` (give no more steps than its epochs hold); by: what
+    pipelines are judged by, their "score" or the "output error" (see `Measured`)."""
 
     examples: int | None = None
     steps: float = 1.0
@@ -330,13 +330,13 @@ class _Walk:
         line = line_of(self._asked.model)
         study = Study(name=self._asked.name, entries=(*line, *entries))
         keys = {entry.key for entry in entries}
-        known = {row["key"]: row for row in self._rows.read()}
-        if not all(entry.key in known and entry.is_done(known[entry.key]) for entry in entries):
+        known = {row["key"] for row in study.own(self._rows.read()) if "error" not in row}
+        if not keys <= known:
             # what all rungs start from, and what is chosen from
             last = (entry for entry in entries if entry.labels["rung"] == len(self._asked.rungs))
             kept = frozenset(entry.key for entry in (*line, *last))
             Runner(study=study, rows=self._rows, out=self._out, kept=kept, tell=self._tell).go()
-        return {row["key"]: row for row in self._rows.read() if row["key"] in keys}
+        return {row["key"]: row for row in study.own(self._rows.read()) if row["key"] in keys}
 
 
 def _ranked(costs: Mapping[Choice, Costs]) -> list[Choice]:

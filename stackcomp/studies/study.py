@@ -79,8 +79,12 @@ class Entry:
         whole("seed", self.seed, 0, 2**32 - 1)  # what numpy takes
         if self.limit is not None:
             whole("limit", self.limit, 1, 2**63 - 1)
+        if not isinstance(said.labels, Mapping):
+            raise SettingError(
+                f"entry {self.key!r}: labels={said.labels!r} are no mapping: give names and values"
+            )
         try:
-            json.dumps(self.labels)
+            json.dumps(dict(self.labels), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise SettingError(f"entry {self.key!r}: labels={self.labels!r} are no JSON ({error})") from error
 
@@ -227,9 +231,14 @@ class Study:
                 headed(entry, entry.task)
 
     def own(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Those of `rows` that today's entries made, finished or failed, in the order of the entries."""
-        found = {row["key"]: row for row in rows}
-        return [found[one.key] for one in self.entries if one.key in found and one.made(found[one.key])]
+        """Those of `rows` that today's entries made, finished or failed, in the order of the entries; of an entry that failed and then
+        finished, the latter."""
+        entries, found = {one.key: one for one in self.entries}, dict[str, Mapping[str, Any]]()
+        for row in rows:
+            entry = entries.get(row["key"])
+            if entry and entry.made(row) and ("error" not in row or "error" in found.get(entry.key, row)):
+                found[entry.key] = row
+        return [found[key] for key in entries if key in found]
 
     @property
     def pipelines(self) -> list[Techniques]:

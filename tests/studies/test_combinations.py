@@ -142,6 +142,8 @@ def test_some_pipelines_have_further_seeds(folder):
     [
         ({}, "holds no technique"),
         ({"a > b": sc.Int8Weights()}, "'a > b' is no name"),
+        ({"dense": sc.Int8Weights()}, "the model without a technique"),
+        ({"-": sc.Int8Weights()}, "leaves out"),
         ({"a": []}, "give a pass"),
         ({"a": [sc.Int8Weights]}, "give a pass"),
         ({"a": [sc.Int8Weights(), sc.LowRank()]}, "not one pass with different settings"),

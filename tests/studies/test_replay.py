@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from stackcomp.cli import main
-from stackcomp.core.errors import OutputInUse, SelectionEmpty, StudyRefused
+from stackcomp.core.errors import OutputInUse, SelectionEmpty, SettingError, StudyRefused
 from stackcomp.studies import Rows, Runner
 from stackcomp.studies.replay import replay
 from tests.studies.counted import applied, study
@@ -26,6 +27,31 @@ def test_a_row_gives_the_same_bytes_again_with_all_that_leads_to_it(ran, tmp_pat
     assert found.words.startswith("tuned/rounded: the same bytes (")
     assert applied()[len(before) :] == ["Train", "Prune", "Round"]
     assert found.new["score"] == found.old["score"]
+
+
+def test_it_has_as_many_threads_as_the_row(ran, tmp_path, monkeypatch):
+    mine, rows = ran
+    (row,) = (row for row in rows.read() if row["key"] == "tuned")
+    before, asked = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    rows.add({**row, "machine": {**row["machine"], "threads": 7}})
+    replay(mine, rows, "tuned", tmp_path / "again")
+    replay(mine, rows, "tuned", tmp_path / "other", threads=5)
+    assert asked == [7, before, 5, before]
+    with pytest.raises(SettingError, match="threads=0"):
+        replay(mine, rows, "tuned", tmp_path / "none", threads=0)
+
+
+def test_what_does_not_go_with_it_is_refused(ran, folder, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        f"from tests.studies.counted import study as made\nstudy = made({str(folder)!r})\n"
+    )
+    before = applied()
+    command = ["study", str(tmp_path / "mine.py"), "--results", str(ran[1].folder), "--replay", "tuned"]
+    for more in (["--list"], ["--only", "tuned"], ["--workers", "2"]):
+        assert main([*command, *more]) == 2
+        assert f"leave out {more[0]}" in capsys.readouterr().err
+    assert applied() == before
 
 
 def test_other_bytes_are_told_with_what_else_is_not_the_same(ran, folder, tmp_path, capsys):

@@ -178,6 +178,51 @@ def test_a_failing_entry_says_so_in_its_row_and_the_rest_goes_on(run, folder):
     assert "error" not in rows["broken"]
 
 
+def test_a_trial_with_other_settings_takes_no_row_away(run, folder, tmp_path):
+    """Nor does its failure; and what was run once is not run again when the settings are back."""
+
+    def made(*passes, **settings):
+        return sc.Study(name="toy", entries=(entry("a", folder, *passes, **settings),))
+
+    (whole,) = run(made(Prune()))[1].values()
+    run(made(Prune(), limit=2))
+    assert run(made(Broken()))[0] == 1
+    rows = Rows(name="toy", folder=tmp_path / "results").read()
+    assert [(row.get("limit"), "error" in row) for row in rows] == [(8, False), (2, False), (8, True)]
+    assert run(made(Prune()))[0] == 0
+    assert applied() == ["Prune", "Prune"]
+    assert made(Prune()).own(rows) == [whole]
+
+
+def test_a_failure_stays_until_the_entry_was_tried_again(run, folder, tmp_path):
+    mine = sc.Study(name="toy", entries=(entry("a", folder, Broken()),))
+    assert run(mine)[0] == 1
+    failures, rows = run(mine, minutes=0.0)
+    assert (failures, rows["a"]["error"]["message"]) == (0, "no luck")  # it was not tried
+    runner = Runner(study=mine, rows=Rows(name="toy", folder=tmp_path / "results"), out=tmp_path / "out")
+    assert runner.table() == "failed   a  RuntimeError: no luck"
+    failures, rows = run(mine)
+    assert failures == 1
+    assert "again" not in rows["a"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_files_put_together_the_finished_row_counts(run, folder, tmp_path, order):
+    mine = study(folder)
+    finished = run(mine)[1]["tuned"]
+    rows = Rows(name="toy", folder=tmp_path / "results")
+    failed = {
+        **mine.entries[0].asked,
+        **mine.entries[0].data,
+        "key": "tuned",
+        "error": {"type": "X", "message": "y"},
+    }
+    rows.path.write_text("".join(f"{json.dumps(row)}\n" for row in (finished, failed)[::order]), "utf8")
+    assert rows.read() == [finished]
+    rows.add(failed)
+    assert rows.read() == [finished]
+
+
 def test_a_full_disk_stops_the_study_and_is_no_failure_of_the_entry(run, folder, tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
@@ -241,7 +286,8 @@ def test_a_model_of_before_its_row_was_removed_or_its_task_declared_anew_is_not_
     run(made(max_length=4), only=("rounded",))
     assert applied() == ["Train", "Prune", "Train", "Round"]
     rows = Rows(name="toy", folder=tmp_path / "results")
-    rows.remove({"tuned", "pruned"})
+    (left,) = (line for line in rows.path.read_text("utf8").splitlines() if '"rounded"' in line)
+    rows.path.write_text(f"{left}\n", "utf8")
     run(made(max_length=4), only=("pruned",))
     assert {row["key"] for row in rows.read()} == {"tuned", "pruned", "rounded"}
     inputs = {row["key"]: row["input_fingerprint"] for row in rows.read()}

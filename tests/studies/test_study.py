@@ -59,6 +59,8 @@ def test_a_model_without_a_head_is_judged_with_that_of_the_task(tmp_path):
         ({"seed": 2**32}, "seed=4294967296"),
         ({"limit": 0}, "limit=0"),
         ({"labels": {"ratio": {1}}}, "no JSON"),
+        ({"labels": {"ratio": float("nan")}}, "no JSON"),
+        ({"labels": ["ratio"]}, "no mapping"),
         ({"key": ""}, "is no name"),
     ],
 )
