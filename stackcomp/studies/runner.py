@@ -273,10 +273,10 @@ class Runner:
         return entry.key in finished and checkpoint.is_ours(self._folder(entry))
 
     def _chain(self, entry: Entry) -> list[str]:
-        """Names in the cache of the steps of `entry`; none before it first ran."""
+        """Names in the cache of the steps of `entry`; none before it first ran, or where the file is damaged."""
         try:
             return json.loads((self._folder(entry) / CHAIN).read_text("utf8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return []
 
     @contextmanager

@@ -22,7 +22,7 @@ from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.core.plan import Plan
-from stackcomp.core.settings import whole
+from stackcomp.core.settings import switch, whole
 from stackcomp.loading import outline
 from stackcomp.manager import check, plan_of
 
@@ -76,6 +76,7 @@ class Entry:
             )
         if self.split not in ROLES:
             raise SettingError(f"entry {self.key!r}: split={self.split!r} is not one of {', '.join(ROLES)}")
+        switch("latency", self.latency)
         whole("seed", self.seed, 0, 2**32 - 1)  # what numpy takes
         if self.limit is not None:
             whole("limit", self.limit, 1, 2**63 - 1)

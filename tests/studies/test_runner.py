@@ -145,6 +145,15 @@ def test_a_step_that_an_entry_began_to_use_meanwhile_is_kept(run, folder, tmp_pa
     assert [path.name for path in (tmp_path / "out" / "cache").iterdir()] == [root]
 
 
+def test_a_damaged_list_of_steps_is_written_anew(run, folder, tmp_path):
+    mine = sc.Study(name="toy", entries=(entry("a", folder, Round()),))
+    chain = tmp_path / "out" / "entries" / mine.entries[0].slug / CHAIN
+    chain.parent.mkdir(parents=True)
+    chain.write_text('["a')
+    (chain.parent / "run.json").write_text(json.dumps({"format": 1}))
+    assert run(mine)[0] == 0
+
+
 def test_a_step_that_vanished_is_made_again(run, folder, tmp_path, monkeypatch):
     def apply(self, model, context, real=Round.apply):
         found = next(step for step in cache.iterdir() if not (step / "scratch").is_dir())

@@ -61,6 +61,7 @@ def test_a_model_without_a_head_is_judged_with_that_of_the_task(tmp_path):
         ({"labels": {"ratio": {1}}}, "no JSON"),
         ({"labels": {"ratio": float("nan")}}, "no JSON"),
         ({"labels": ["ratio"]}, "no mapping"),
+        ({"latency": "no"}, "latency='no'"),
         ({"key": ""}, "is no name"),
     ],
 )
