@@ -230,10 +230,9 @@ def _predicted(pipeline: Pipeline, model: str | Path | None, task: Any, file: Pa
         raise PipelineFileError(
             f"{file}: --size needs the shapes of a model, and the file names no folder: give --model DIR"
         )
-    from stackcomp.loading import outline
     from stackcomp.size import sizes
 
-    told = sizes(pipeline, outline(model, task))
+    told = sizes(pipeline, model, task)
     lines = ["weights file:"]
     for size in told:
         bound = "at most " if size.reasons else ""

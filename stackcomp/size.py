@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stackcomp.core import coding, contract, headers
@@ -22,6 +23,8 @@ from stackcomp.core.spec import WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from stackcomp.data.task import Task
 
 DTYPES = {name: dtype for dtype, name in headers.CODINGS.items()} | {"int8": "I8"}
 ORDER = ("F32", "BF16", "F16", "I8", "U8")  # in which safetensors writes tensors, then by name
@@ -75,13 +78,18 @@ class _Tensor:
         return coding.width(self.dtype) // 8 * prod(self.shape)
 
 
-def sizes(pipeline: Pipeline | Pass, model: "PreTrainedModel") -> list[Size]:
+def sizes(
+    pipeline: Pipeline | Pass, model: "PreTrainedModel | str | Path", task: "Task | None" = None
+) -> list[Size]:
     """The file of the model as it came, and after each pass.
 
-    Nothing is computed: a model on the meta device will do. Raises what `check` raises.
+    model: one in memory, on the meta device, too, or a folder or hub name, of which the headers are read; then `task` says which head it
+    has. Nothing is computed. Raises what `check` raises.
     """
+    from stackcomp.loading import outline
     from stackcomp.run import plan_of
 
+    model = outline(model, task) if isinstance(model, str | Path) else model
     passes = pipeline.flat()
     plans = contract.predict(passes, plan_of(model))
     found, rest = _read(model)

@@ -81,6 +81,7 @@ def test_a_compressed_checkpoint_is_where_a_prediction_may_start(tmp_path):
     manager(tmp_path / "one", toys.tokenizer()).run(model, DENSE_SPARSE)
     pipeline = sc.Pipeline(sc.Int8Weights(only="encoder.*"), sc.EntropyCode())
     told = sc.sizes(pipeline, outline(tmp_path / "one", toys.classification_task()))
+    assert told == sc.sizes(pipeline, tmp_path / "one", toys.classification_task())
     found = written(pipeline, tmp_path / "one", tmp_path / "two")
     assert told[0].size_bytes == (tmp_path / "one" / "model.safetensors").stat().st_size
     assert [size.size_bytes for size in told[:2]] == found[:2]
