@@ -6,7 +6,7 @@
 
 All-MiniLM-L6-v2 is fine-tuned on SST-2; that is the model every pipeline starts from and its teacher. Every pipeline ends with the same
 150 steps of distillation, and so does the dense model that techniques are credited against. Of rounded weights these train the scales only.
-The sweep has one seed; what it found to be the smallest within a point, alone and stacked, has three.
+The sweep has one seed; what it found to be the smallest within a point, alone and stacked in either order, has three.
 """
 
 from minilm import ATTENTION, FEED_FORWARD, FROZEN, LAYERS, classifier
@@ -14,7 +14,7 @@ from minilm import ATTENTION, FEED_FORWARD, FROZEN, LAYERS, classifier
 import stackcomp as sc
 
 STEPS = 150
-FINAL = ("dense", "int8 layers", "dense-sparse > int8 layers", "dense-sparse > prune > int8 layers")
+FINAL = ("dense", "int8 layers", "dense-sparse > prune > int8 layers", "prune > dense-sparse > int8 layers")
 
 tuned = classifier()
 
