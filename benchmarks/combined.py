@@ -12,10 +12,11 @@ from stackcomp.studies.analysis import Attribution, Cells, Extra, attribution, e
 from stackcomp.studies.report import files
 from stackcomp.studies.rows import Row
 
-NAME = "encoder_stack_sts"  # the one of the README
+NAME = "encoder_stack_sts"  # the one without training
+TRAINED = "encoder_stack"
 NAMES = {
     NAME: "Combinations",
-    "encoder_stack": "Combinations, trained",
+    TRAINED: "Combinations, trained",
 }  # all of them, and the titles of their pages
 LOSS = 1.0  # points below the model as it came that a stack may score
 
@@ -44,20 +45,31 @@ def headline(rows: Sequence[Row]) -> str:
     if not ours:
         return not_run(NAME)
     cells = Cells.of(ours, asked.skipped, asked.pipelines)
-    floor = cells.came.score - LOSS
-    whole, encoder = extra(cells, floor), extra(cells, floor, "encoder")
+    whole = extra(cells, cells.came.score - LOSS)
     best = whole.stack or whole.nearest[1]
     parts = [attribution(cells, cells.choice(best), measure) for measure in ("file", "encoder", "score")]
     row = cells.cells[0].rows[0]
     return "\n\n".join(
         [
             _attributed(cells, parts),
-            f"{_sentence(cells, whole, 'The whole file')} {_sentence(cells, encoder, 'The encoder')}",
+            extras(NAME, rows),
             f"{len(cells.ran)} of {len(cells.planned)} pipelines, chosen and scored on the same {row['examples']} pairs. "
             f"Made by `stackcomp study {file(NAME)}` on {row['date']}: {row['machine']['processor']}, "
             f"{row['machine']['threads']} thread, torch {row['versions']['torch']}.",
         ]
     )
+
+
+def extras(name: str, rows: Sequence[Row]) -> str:
+    """What the best stack of a study compresses beyond the best single technique, in words; nothing before there are rows."""
+    asked = study(name)
+    ours = asked.own(rows)
+    if not any(row["labels"].get("passes") and "error" not in row for row in ours):
+        return ""
+    cells = Cells.of(ours, asked.skipped, asked.pipelines)
+    floor = cells.came.score - LOSS
+    whole, encoder = extra(cells, floor), extra(cells, floor, "encoder")
+    return f"{_sentence(cells, whole, 'The whole file')} {_sentence(cells, encoder, 'The encoder')}"
 
 
 def _attributed(cells: Cells, parts: Sequence[Attribution]) -> str:

@@ -18,6 +18,7 @@ def headline(results: Results, compared: Comparison) -> str:
     parts = [
         _rounding(results),
         _stacks(results),
+        _combined(results),
         _factors(results, compared),
         _speed(results),
         _decoder(results),
@@ -59,6 +60,12 @@ def _stacks(results: Results) -> Iterator[str]:
     if best := smallest.single(alone):
         lines.append(f"{smallest.named_single(best, alone)}: {_loses(best)}")
     yield f"{'; '.join(lines)}."
+
+
+def _combined(results: Results) -> Iterator[str]:
+    if said := combined.extras(combined.TRAINED, results[combined.TRAINED]):
+        yield "**What stacking adds.** Four techniques on the layers of a classifier (SST-2), in every subset and legal order, all with the same recovery."
+        yield said
 
 
 def _factors(results: Results, compared: Comparison) -> Iterator[str]:

@@ -46,7 +46,7 @@ class Report:
 
     def blocks(self) -> dict[str, str]:
         """Markdown of every generated block, by name."""
-        names = ("catalogue", combined.NAME, smallest.NAME, "stsb", "speed", "decoder")
+        names = ("catalogue", *combined.NAMES, smallest.NAME, "stsb", "speed", "decoder")
         finished = {name: [row for row in self.rows(name) if "error" not in row] for name in names}
         alone = finished[smallest.SINGLE] = smallest.singles(self.rows(smallest.SINGLE))
         found = {

@@ -1,11 +1,22 @@
 """The lines of the front page say what the rows say, and nothing where there are none."""
 
 from benchmarks import combined, conclusions, smallest
+from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
+from stackcomp.studies import Rows
 from tests import test_smallest
 from tests.test_dsformer import STUDY, compared
 
-NAMES = ("catalogue", combined.NAME, smallest.NAME, smallest.SINGLE, "stsb", "speed", "decoder")
+NAMES = (
+    "catalogue",
+    combined.NAME,
+    combined.TRAINED,
+    smallest.NAME,
+    smallest.SINGLE,
+    "stsb",
+    "speed",
+    "decoder",
+)
 NOTHING = {name: [] for name in NAMES}
 
 
@@ -49,6 +60,15 @@ def test_stacks_stand_beside_the_best_single_technique(monkeypatch):
     assert text.endswith(
         "one technique, good (the smallest of 1 within 1 point): 10.0x smaller, -0.30 ± 1.00 points."
     )
+
+
+def test_what_stacking_adds_is_that_of_the_rows_of_the_study():
+    rows = Rows(name=combined.TRAINED, folder=ROOT / "docs" / "results").read()
+    text = said(**{combined.TRAINED: rows})
+    assert text.startswith("- **What stacking adds.** Four techniques")
+    assert combined.extras(combined.TRAINED, rows) in text
+    assert "compresses **" in text
+    assert said(**{combined.TRAINED: rows[:1]}) == ""  # the model that all start from
 
 
 def test_factors_are_compared_at_equal_bytes_and_trained():
