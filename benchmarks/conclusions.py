@@ -64,7 +64,10 @@ def _stacks(results: Results) -> Iterator[str]:
 
 def _combined(results: Results) -> Iterator[str]:
     if said := combined.extras(combined.TRAINED, results[combined.TRAINED]):
-        yield "**What stacking adds.** Four techniques on the layers of a classifier (SST-2), in every subset and legal order, all with the same recovery."
+        yield (
+            "**What stacking adds.** Four techniques on the layers of a classifier (SST-2), in every subset and legal order, all with the "
+            "same recovery."
+        )
         yield said
 
 
