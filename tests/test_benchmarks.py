@@ -34,7 +34,7 @@ from tests import toys
 
 @pytest.fixture
 def rows(tmp_path):
-    return Rows(name="mine", folder=tmp_path / "results")
+    return Rows(name="mine", folder=tmp_path / "results", by=())  # as `command.study` gives them
 
 
 @pytest.fixture
