@@ -27,11 +27,11 @@ def study(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize(("name", "entries"), [("encoder_stack_sts", 36), ("encoder_stack", 38)])
+@pytest.mark.parametrize(("name", "entries"), [("encoder_stack_sts", 36), ("encoder_stack", 46)])
 def test_every_subset_has_an_order_so_that_credit_can_be_shared(study, name, entries):
     found = study(name)
     assert len(found.entries) == entries
-    combined = [one for one in found.entries if one.labels.get("passes")]
+    combined = [one for one in found.entries if one.labels.get("passes") and one.seed == 0]
     assert len(combined) == 36
     assert len({frozenset(one.labels["passes"]) for one in combined}) == 2**4 - 1
     assert len(found.skipped) == 64 - 36
