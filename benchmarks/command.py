@@ -35,6 +35,7 @@ def study(name: str, options: argparse.Namespace) -> Iterator[Rows]:
             f"--out and --results are both {options.out}, which is held for the run: give two folders"
         )
     with locked(options.out):
+        # a key says all; what is run again with other settings replaces its row
         yield Rows(name=name, folder=options.results, by=())
 
 

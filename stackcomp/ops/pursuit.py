@@ -40,12 +40,11 @@ def descend(
     leaves `residual`."""
     keep = mask.to(code.dtype)  # a product with booleans is several times as slow
     code, residual = code.clone(), residual * keep
-    step, curved, spare = residual.clone(), torch.empty_like(residual), torch.empty_like(residual)
+    step, curved = residual.clone(), torch.empty_like(residual)
+    spare = torch.empty_like(residual)  # new memory for each product takes longer than the product
 
     def dot(one: Tensor, other: Tensor) -> Tensor:
-        return torch.mul(one, other, out=spare).sum(
-            2, keepdim=True
-        )  # new memory takes longer than the product
+        return torch.mul(one, other, out=spare).sum(2, keepdim=True)
 
     size = dot(residual, residual)
     gained = torch.zeros_like(size).sum()

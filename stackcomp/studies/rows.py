@@ -19,18 +19,9 @@ from stackcomp.core.files import locked, write_atomic
 from stackcomp.core.ledger import Ledger
 
 FOLDER = Path("docs/results")
-RECIPE = (
-    "declaration",
-    "model",
-    "task",
-    "seed",
-    "split",
-    "limit",
-    "latency",
-    "task_digest",
-    "tokenizer",
-    "before",
-)
+# What a row says of how its entry was declared: the keys of `Entry.asked` and of `Entry.data`.
+RECIPE = ("declaration", "model", "task", "seed", "split", "limit", "latency")
+RECIPE += ("task_digest", "tokenizer", "before")
 LOWER_IS_BETTER = ("perplexity",)
 Row = Mapping[str, Any]
 Item = TypeVar("Item")

@@ -7,6 +7,7 @@ import pytest
 import stackcomp as sc
 from stackcomp.core.errors import PipelineRefused, SelectionEmpty, SettingError, StudyRefused
 from stackcomp.studies.forecast import duration, forecast
+from stackcomp.studies.rows import RECIPE
 from tests import toys
 from tests.studies.counted import Prune, Round, Train, entry, study
 
@@ -165,3 +166,8 @@ def test_steps_differ_by_seed_by_task_where_it_is_read_and_by_model(folder):
     assert pruned.steps == rounded.steps[:2]
     assert entry("b", tuned, *pruned.passes, seed=1).steps[1] != pruned.steps[1]
     assert entry("b", folder, *pruned.passes).steps[0] != pruned.steps[0]
+
+
+def test_rows_are_told_apart_by_all_that_an_entry_says(folder):
+    one = entry("a", folder, Round())
+    assert {*RECIPE} == {*one.asked, *one.data}
