@@ -311,7 +311,14 @@ def _study(options: argparse.Namespace) -> int:
         )
         print(found.words)
         return 0 if found.same else 1
-    runner = Runner(study=study, rows=rows, out=out, only=tuple(options.only), minutes=options.minutes)
+    runner = Runner(
+        study=study,
+        rows=rows,
+        out=out,
+        only=tuple(options.only),
+        minutes=options.minutes,
+        workers=options.workers or 1,
+    )
     if options.list:
         print(f"{runner.table()}\n{runner.summary()}")
         return 0

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,7 +296,9 @@ class Run:
         path = self._notes(step) / f"{self._way}.json"
         noted = _noted(path)
         if noted is None:
-            noted = asdict(self._measure(step))
+            start = time.perf_counter()
+            found = self._measure(step)
+            noted = asdict(replace(found, seconds=time.perf_counter() - start))
             _note(path, noted)
         return Measured(**noted)
 
@@ -357,7 +359,8 @@ class Run:
     @cached_property
     def _way(self) -> str:
         """Digest of what a measurement depends on beside the model."""
-        return fingerprint.digest([asdict(self.measuring), self._data_digest, self._machine])
+        figures = [figure.name for figure in fields(Measured)]
+        return fingerprint.digest([asdict(self.measuring), self._data_digest, self._machine, figures])
 
     def _score(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> "Score":
         how = self.measuring
@@ -476,13 +479,14 @@ def bars(items: Any, /, label: str, total: int | None = None) -> Any:
 
 
 def _noted(path: Path) -> Any:
-    """The JSON value that `_note` left at `path`; None where there is none, or it is damaged."""
+    """The JSON value that `_note` left at `path`; None where there is none, or it was altered."""
     try:
-        return json.loads(path.read_text("utf8"))
-    except (FileNotFoundError, ValueError):
+        noted = json.loads(path.read_text("utf8"))
+        return noted["value"] if noted["digest"] == fingerprint.digest(noted["value"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _note(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(value))
+    write_atomic(path, json.dumps({"digest": fingerprint.digest(value), "value": value}))

@@ -25,7 +25,7 @@ class Measured:
     difference: score minus that of the model as it came, with its own paired-bootstrap noise; output_error: the share of what the outputs
     of the model as it came tell examples apart by that is missed, which says how far apart two models are where scores do not; latency:
     milliseconds a batch, and the ratio to the model as it came (below 1 is faster), interleaved in one
-    process.
+    process; seconds: what all this took.
     """
 
     metric: str | None = None
@@ -39,6 +39,7 @@ class Measured:
     latency_ratio: float | None = None
     latency_batch: int | None = None
     latency_length: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stackcomp.core.errors import SettingError, StackcompError, StudyRefused
 from stackcomp.core.passes import Pass
@@ -114,6 +114,9 @@ def combinations(
 def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
     """All techniques at all strengths. Raises SettingError for what is no technique."""
     found: list[Technique] = []
+    said: Any = passes  # whatever a typo gives
+    if not isinstance(said, Mapping):
+        raise SettingError(f"passes={said!r}: give a mapping of names to passes")
     for name, given in passes.items():
         if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
             raise SettingError(

@@ -1,4 +1,4 @@
-"""What is still to run, and how long that may take: mean seconds of each pass, from the rows there are."""
+"""What is still to run, and how long that may take: mean seconds of each pass and of measuring what it leaves, from the rows there are."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -11,24 +11,27 @@ from stackcomp.studies.study import Entry
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """passes: how often each pass is still to run, by its name; saved: runs that entries share with others;
-    means: seconds of one run, by the name of the pass."""
+    means: seconds of one run, by the name of the pass; workers: how many processes share the work."""
 
     passes: Mapping[str, int]
     saved: int
     means: Mapping[str, float]
+    workers: int = 1
 
     @property
     def time(self) -> str:
         """The time in words, as far as it is known."""
         known = {name: count for name, count in self.passes.items() if name in self.means}
         unknown = sum(self.passes.values()) - sum(known.values())
-        seconds = duration(sum(count * self.means[name] for name, count in known.items()))
+        seconds = duration(sum(count * self.means[name] for name, count in known.items()) / self.workers)
         if not unknown:
             return f"about {seconds}"
         return f"about {seconds}, and {unknown} passes of unknown time" if known else "unknown"
 
 
-def forecast(entries: Iterable[Entry], made: Collection[str], rows: Iterable[Mapping[str, Any]]) -> Forecast:
+def forecast(
+    entries: Iterable[Entry], made: Collection[str], rows: Iterable[Mapping[str, Any]], workers: int = 1
+) -> Forecast:
     """What running `entries` takes, when the steps named in `made` are there already."""
     wanted = [
         (name, item.name)
@@ -37,14 +40,19 @@ def forecast(entries: Iterable[Entry], made: Collection[str], rows: Iterable[Map
         if name not in made
     ]
     return Forecast(
-        passes=Counter(dict(wanted).values()), saved=len(wanted) - len(dict(wanted)), means=_means(rows)
+        passes=Counter(dict(wanted).values()),
+        saved=len(wanted) - len(dict(wanted)),
+        means=_means(rows),
+        workers=workers,
     )
 
 
 def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean seconds by the name of the pass; a step that several rows share counts once."""
+    """Mean seconds by the name of the pass; a step that several rows share counts once. Older rows do not say what measuring took."""
     took = {
-        step["fingerprint"]: (step["name"], step["seconds"]) for row in rows for step in row.get("steps", [])
+        step["fingerprint"]: (step["name"], step["seconds"] + (step.get("measuring_seconds") or 0.0))
+        for row in rows
+        for step in row.get("steps", [])
     }
     seconds: dict[str, list[float]] = {}
     for name, value in took.values():

@@ -111,6 +111,7 @@ def figures(ledger: Ledger, step: int) -> dict[str, Any]:
         "layer_compression": ledger.layer_compression(row),
         "components": dict(row.components),
         "seconds": row.seconds,
+        "measuring_seconds": row.measured.seconds,
         "peak_memory_bytes": row.peak_memory_bytes,
         "findings": dict(row.findings),
         "fingerprint": row.fingerprint,

@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """Runs `study` into `rows`, with `out` as its working folder, which several processes may share.
+    """Runs `study` into `rows`, with `out` as its working folder, which so many `workers` share.
 
     only: globs on the keys of the entries to run, all of them when there is none. minutes: after so many no
     further entry is started. kept: keys of entries whose result stays, for studies to come. tell: takes each line of
@@ -58,6 +58,7 @@ class Runner:
     out: Path
     only: tuple[str, ...] = ()
     minutes: float | None = None
+    workers: int = 1
     kept: frozenset[str] = frozenset()
     tell: Callable[[str], None] = say
     lost: set[str] = field(default_factory=set[str], init=False)
@@ -182,7 +183,7 @@ class Runner:
             for name, mark in zip(entry.steps, self._chain(entry), strict=False)
             if checkpoint.is_ours(self._cache / mark / "step")
         }
-        return forecast(entries, made, self.rows.read())
+        return forecast(entries, made, self.rows.read(), self.workers)
 
     # one entry
 

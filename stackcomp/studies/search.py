@@ -1,4 +1,4 @@
-"""Search: the smallest file that loses at most so many points, or the best score within so many bytes.
+"""Search: the smallest file that loses at most so many points, or scores at least so much, or the best score within so many bytes.
 
 Pipelines are a strength, or nothing, of each technique, in the order in which these are given, or in any. Optuna's tree-structured Parzen
 estimator (arXiv 2304.11127) proposes them from what the rows say so far; successive halving (arXiv 1502.07943) spends the time: the first
@@ -21,7 +21,7 @@ from stackcomp.core.errors import MissingNeed, SettingError, StackcompError, Stu
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
-from stackcomp.core.settings import one_of, whole, within
+from stackcomp.core.settings import one_of, switch, whole, within
 from stackcomp.manager import check
 from stackcomp.studies.combinations import LEFT_OUT, THEN, Technique, techniques
 from stackcomp.studies.rows import Row, Rows, direction, unbeaten
@@ -40,17 +40,20 @@ PATIENCE = 50  # proposals in a row that are illegal or known already, after whi
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One round of a search. examples: how many are scored, all of the selection split for None; steps: the share of every training
-    pass's `steps` that is run, one at least, or of its epochs where it has no `steps` (give no more steps than its epochs hold); by: what
-    pipelines are judged by, their "score" or the "output error" (see `Measured`)."""
+    pass's `steps` that is run, one at least, or of its epochs where it has no `steps` (give no more steps than its epochs hold); samples:
+    the share of every pass's calibration `samples` that is read; by: what pipelines are judged by, their "score" or the "output error"
+    (see `Measured`)."""
 
     examples: int | None = None
     steps: float = 1.0
+    samples: float = 1.0
     by: Literal["score", "output error"] = "score"
 
     def __post_init__(self) -> None:
         if self.examples is not None:
             whole("examples", self.examples, 1)
         within("steps", self.steps, 0.0, 1.0, above=True)
+        within("samples", self.samples, 0.0, 1.0, above=True)
         one_of("by", self.by, ("score", "output error"))
 
 
@@ -60,8 +63,8 @@ class Search:
 
     name, model, task, tokenizer: as in `Entry`; passes: as in `combinations`, in the order in which they are to run; orders: search for
     the order, too; always: the names of those that no pipeline leaves out. Give one goal:
-    loss, the points that the smallest file may lose against the model as it came (the rise, where lower is better); or size_bytes, the
-    largest file for the best score.
+    loss, the points that the smallest file may lose against the model as it came (the rise, where lower is better); floor, the score
+    that it must reach, on the metric's own scale; or size_bytes, the largest file for the best score.
     pipelines: how many the first rung tries; rungs: the rounds, cheap ones first, the last one in full; keep: the share of the
     pipelines that goes from one rung to the next.
 
@@ -73,6 +76,7 @@ class Search:
     task: "Task"
     passes: Mapping[str, Pass | Sequence[Pass]]
     loss: float | None = None
+    floor: float | None = None
     size_bytes: int | None = None
     always: tuple[str, ...] = ()
     orders: bool = False
@@ -83,24 +87,35 @@ class Search:
     tokenizer: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if (self.loss is None) == (self.size_bytes is None):
+        goals = (self.loss, self.floor, self.size_bytes)
+        if goals.count(None) != len(goals) - 1:
             raise SettingError(
-                f"loss={self.loss!r}, size_bytes={self.size_bytes!r}: give one of them, as the goal"
+                f"loss={self.loss!r}, floor={self.floor!r}, size_bytes={self.size_bytes!r}: give one of them, as the goal"
             )
         if self.loss is not None:
             within("loss", self.loss, 0.0)
+        if self.floor is not None:
+            within("floor", self.floor, -inf)
         if self.size_bytes is not None:
             whole("size_bytes", self.size_bytes, 1)
+        self.final(tuple(techniques(self.passes)[:1]))  # an entry judges model, task and tokenizer
+        switch("orders", self.orders)
         whole("pipelines", self.pipelines, 1)
         whole("seed", self.seed, 0, 2**32 - 1)
         within("keep", self.keep, 0.0, 1.0, above=True)
-        if not self.rungs or self.rungs[-1].steps != 1.0 or self.rungs[-1].by != "score":
-            raise SettingError("rungs: the last one must run all steps (steps=1.0) and go by the score")
+        if (
+            not self.rungs
+            or (last := self.rungs[-1]).steps != 1.0
+            or last.samples != 1.0
+            or last.by != "score"
+        ):
+            raise SettingError(
+                "rungs: the last one must run all steps (steps=1.0) on all samples (samples=1.0) and go by the score"
+            )
         if self.task.kind == "question_answering" and any(rung.by != "score" for rung in self.rungs):
             raise SettingError(
                 "rungs: by='output error' needs outputs, which answers have none of: give by='score'"
             )
-        techniques(self.passes)
         for name in self.always:
             one_of("always", name, self.passes)
 
@@ -110,7 +125,7 @@ class Search:
         return replace(
             self.final(choice),
             key=_key(choice, place),
-            pipeline=Pipeline(*(_shortened(one.item, rung.steps) for one in choice)),
+            pipeline=Pipeline(*(_shortened(one.item, rung) for one in choice)),
             labels={**_labels(choice), "rung": place},
             split="selection",
             limit=rung.examples,
@@ -139,38 +154,63 @@ class Search:
         return (self.final(choice) if place == "chosen" else self.entry(choice, place)).made(row)
 
     def cost(self, row: Row) -> float:
-        """What is minimised: log2 of the bytes and the points beyond `loss`; or the points lost and the doublings beyond `size_bytes`.
+        """What is minimised: log2 of the bytes and the points missed; or the points lost and the doublings beyond `size_bytes`.
 
         A row that failed, or has no difference, costs infinitely much."""
         if not _is_compared(row):
             return inf
-        if self.loss is not None:
-            return log2(row["size_bytes"]) + max(0.0, _lost(row) - self.loss) / POINT
-        assert self.size_bytes is not None
+        if self.size_bytes is None:
+            return log2(row["size_bytes"]) + max(0.0, self.missed(row)) / POINT
         return _lost(row) + OVER * max(0.0, log2(row["size_bytes"] / self.size_bytes))
+
+    def missed(self, row: Row) -> float:
+        """By how much a finished row misses the goal's bound, in points or in bytes; 0 or less where it keeps to it."""
+        if self.size_bytes is not None:
+            return row["size_bytes"] - self.size_bytes
+        if self.loss is not None:
+            return _lost(row) - self.loss
+        assert self.floor is not None
+        return direction(row["metric"]) * (self.floor - row["score"])
 
     def reaches(self, row: Row) -> bool:
         """Whether a finished row keeps to the goal's bound."""
-        return self.fits(row) if self.loss is None else _lost(row) <= self.loss
+        return self.missed(row) <= 0
+
+    @property
+    def goal(self) -> str:
+        """The bound, in words."""
+        if self.size_bytes is not None:
+            return f"at most {self.size_bytes:,} bytes"
+        return (
+            f"a loss of at most {self.loss:g} points"
+            if self.loss is not None
+            else f"a score of {self.floor:g}"
+        )
 
     def fits(self, row: Row) -> bool:
         """Whether a finished row is within the size, where one was asked for."""
-        return self.size_bytes is None or row["size_bytes"] <= self.size_bytes
+        return self.size_bytes is None or self.reaches(row)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search ended with. chosen: its row on the test split; searched: its row of the last rung; reached: whether that one keeps
-    to the bound, else it is the one that comes nearest; front: rows of the last rung that none other beats in bytes and score."""
+    """What a search ended with. chosen: its row on the test split; searched: its row of the last rung; missed: how that one misses the
+    bound, in words, where none keeps to it: it is the one that comes nearest; front: rows of the last rung that none other beats in bytes
+    and score."""
 
     chosen: Row
     searched: Row
-    reached: bool
+    missed: str
     front: tuple[Row, ...]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the chosen pipeline keeps to the bound on the selection split."""
+        return not self.missed
 
     def __str__(self) -> str:
         """What a person wants to know, the declaration included."""
-        goal = "found" if self.reached else "no pipeline reaches the goal; the nearest one"
+        goal = self.missed or "found"
         lines = [f"  {_figures(row)}  {row['key'].partition('/')[2]}" for row in self.front]
         return "\n".join(
             [
@@ -209,7 +249,7 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
     return Found(
         chosen=chosen,
         searched=searched,
-        reached=asked.reaches(searched),
+        missed=_missed(asked, searched),
         front=tuple(
             unbeaten(
                 [row for _, row in finished],
@@ -339,6 +379,15 @@ class _Walk:
         return {row["key"]: row for row in study.own(self._rows.read()) if row["key"] in keys}
 
 
+def _missed(asked: Search, row: Row) -> str:
+    """How a row misses the goal, in words; empty where it does not."""
+    if asked.reaches(row):
+        return ""
+    missed = asked.missed(row)
+    by = f"{missed:,} bytes" if asked.size_bytes is not None else f"{missed:.2f} points"
+    return f"no pipeline reaches the goal, {asked.goal}; the nearest one misses it by {by}"
+
+
 def _ranked(costs: Mapping[Choice, Costs]) -> list[Choice]:
     """The best first. Where there are two figures: those that none beats in both, the dearer ones of them first, then those that none of
     the others beats, and so on."""
@@ -383,14 +432,18 @@ def _labels(choice: Choice) -> dict[str, Any]:
     return {"passes": [one.name for one in choice], "strengths": [one.strength for one in choice]}
 
 
-def _shortened(item: Pass, share: float) -> Pass:
-    """A pass with this share of its training steps; one that does not train, or has so few, as it is."""
+def _shortened(item: Pass, rung: Rung) -> Pass:
+    """A pass with a rung's share of its training steps and calibration samples, one at least; as it is where it has none."""
     settings: Any = item
-    if share == 1.0 or not item.contract.trains:
-        return item
-    if settings.steps is None:
-        return replace(settings, epochs=settings.epochs * share)
-    return replace(settings, steps=max(1, round(settings.steps * share)))
+    found: dict[str, Any] = {}
+    if rung.steps != 1.0 and item.contract.trains:
+        if settings.steps is None:
+            found["epochs"] = settings.epochs * rung.steps
+        else:
+            found["steps"] = max(1, round(settings.steps * rung.steps))
+    if rung.samples != 1.0 and hasattr(settings, "samples"):
+        found["samples"] = max(1, round(settings.samples * rung.samples))
+    return replace(settings, **found)
 
 
 def _optuna() -> Any:

@@ -119,17 +119,26 @@ class Entry:
     def made(self, row: Mapping[str, Any]) -> bool:
         """Whether `row` is this entry's, finished or failed: of the same key and declaration, and of the same `data` as far as it says."""
         asked = {"key": self.key, **self.asked}
-        return all(row.get(name) == value for name, value in asked.items()) and all(
-            row.get(name, value) == value for name, value in self.data.items()
+        return all(row.get(name) == value for name, value in asked.items()) and any(
+            all(row.get(name, value) == value for name, value in data.items())
+            for data in (self.data, self._data(beside=False))
         )
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """What the row says of task and tokenizer, its own and those of the entries before it, the first one first; older rows do not."""
-        before = (
-            [[one.task_digest, one.data["tokenizer"]] for one in line_of(self.parent)] if self.parent else []
-        )
-        tokenizer = None if self.tokenizer is None else _name(str(self.tokenizer), TOKENIZER)
+        """What the row says of task and tokenizer, its own and those of the entries before it, the first one first. Older rows do not, or
+        do not of a tokenizer that lies beside the model."""
+        return self._data(beside=True)
+
+    def _data(self, *, beside: bool) -> dict[str, Any]:
+        source = self.tokenizer
+        if source is None and beside and self.parent is None and Path(str(self.model)).is_dir():
+            source = str(self.model)
+        before: list[Any] = []
+        if self.parent is not None:
+            told = self.parent._data(beside=beside)
+            before = [*told["before"], [told["task_digest"], told["tokenizer"]]]
+        tokenizer = None if source is None else _name(str(source), TOKENIZER)
         return {"task_digest": self.task_digest, "tokenizer": tokenizer, "before": before}
 
     @cached_property

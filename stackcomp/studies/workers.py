@@ -45,7 +45,7 @@ class Crew:
         threads = self.threads or max(1, (os.cpu_count() or 1) // count)
         spawn = multiprocessing.get_context("spawn")  # torch and forks do not mix
         crew = [
-            spawn.Process(target=_work_here, args=(self._job(threads), f"worker {number}"))
+            spawn.Process(target=_work_here, args=(self._job(threads, count), f"worker {number}"))
             for number in range(1, count + 1)
         ]
         for process in crew:
@@ -60,7 +60,7 @@ class Crew:
     def on_ray(self, address: str) -> bool:
         """Run the study on the Ray cluster at `address`, whose nodes must see the study's file and folders at the same places; whether
         all entries went well. A worker whose node dies is started again elsewhere. Raises what `Runner.go` raises before any work, and
-        MissingNeed without Ray."""
+        MissingNeed without Ray or a cluster."""
         try:
             import ray
             from ray.exceptions import RayError
@@ -68,10 +68,16 @@ class Crew:
             raise MissingNeed(f"--ray {address} needs Ray: pip install 'stackcomp[ray]'") from error
         self.runner.begin()
         threads = self.threads or 1
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+        try:
+            ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise MissingNeed(
+                f"--ray {address} reaches no Ray cluster ({error}): start one with `ray start --head`, or give --workers"
+            ) from error
         count = self.workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         task: Any = ray.remote(num_cpus=threads, max_retries=-1)(_work)
-        waiting = [task.remote(self._job(threads), f"worker {number}") for number in range(1, count + 1)]
+        job = self._job(threads, count)
+        waiting = [task.remote(job, f"worker {number}") for number in range(1, count + 1)]
         alive = False
         while waiting:
             (ended,), waiting = ray.wait(waiting)
@@ -82,7 +88,7 @@ class Crew:
                 self.runner.tell(f"a worker failed: {error}")
         return self._went_well(alive=alive)
 
-    def _job(self, threads: int) -> "Job":
+    def _job(self, threads: int, workers: int) -> "Job":
         runner = self.runner
         return Job(
             file=self.file,
@@ -91,6 +97,7 @@ class Crew:
             only=runner.only,
             minutes=runner.minutes,
             threads=threads,
+            workers=workers,
         )
 
     def _went_well(self, *, alive: bool) -> bool:
@@ -114,6 +121,7 @@ class Job:
     only: tuple[str, ...]
     minutes: float | None
     threads: int
+    workers: int
 
 
 def _work(job: Job, name: str) -> None:
@@ -129,6 +137,7 @@ def _work(job: Job, name: str) -> None:
         out=job.out,
         only=job.only,
         minutes=job.minutes,
+        workers=job.workers,
         tell=lambda text: say(f"{name}: {text}"),
     ).walk()
 

@@ -60,6 +60,13 @@ def test_timed_pipelines_are_also_shown_by_latency(tmp_path):
     assert [line.split("|")[2].strip() for line in front.splitlines()[2:]] == ["dense", "half"]
     assert "| 0.50x |" in front
     assert "half: 79.50, 0.50 of dense latency" in page
+    every = text.partition("## Every pipeline")[2]
+    assert [line.split("|")[6].strip() for line in every.strip().splitlines()[2:]] == [
+        "0.50x",
+        "1.50x",
+        "0.90x",
+        "1.20x",
+    ]
     untimed = texts(tmp_path, [*timed[1:], ROWS[0]])
     assert all("against latency" not in one for one in untimed)
 
@@ -94,13 +101,30 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(tmp_path):
 
 def test_both_files_say_the_same_figures(tmp_path):
     for text in texts(tmp_path):
-        assert "at a score of at least 79.00: 67% more compression (one seed): the smallest stack" in text
+        assert (
+            "at a score of at least 79.00: 67% more compression (one seed; the same in every draw of the scores): the smallest stack"
+            in text
+        )
         assert "alone give 2.67x when multiplied; together they give 3.33x, 25% more" in text
         assert "changes the score by +2.40 ± 0.28 points against the other order" in text
         assert "3.33x in all, the mean of 2 orders" in text
         for one in ROWS:
             assert one["fingerprint"] in text
             assert one["declaration"] in text
+
+
+def test_what_made_the_rows_is_told_of_all_of_them(tmp_path):
+    other = {**ROWS[1], "machine": {"processor": "another", "threads": 2}}
+    for text in texts(tmp_path, [ROWS[0], other, *ROWS[2:]]):
+        assert "any, threads: 1, torch 2, transformers 5, stackcomp 1 (3 rows)" in text
+        assert "another, threads: 2, torch 2, transformers 5, stackcomp 1 (1 rows)" in text
+
+
+def test_orders_that_did_not_finish_are_told_where_they_count(tmp_path):
+    failed = {**ROWS[3], "error": {"type": "BadWeights", "message": "NaN"}}
+    for text in texts(tmp_path, [*ROWS[:3], failed]):
+        assert "these subsets count as the mean of some: half with rest, 1 of 2." in text
+    assert all("Not all orders" not in text for text in texts(tmp_path))
 
 
 def test_tables_in_markdown_are_tables(tmp_path):
@@ -140,11 +164,11 @@ def test_several_seeds_have_an_interval_where_a_draw_changes_something(tmp_path)
     assert "67% more compression (95% interval +67% to +150%)" in texts(tmp_path, rows)[1]
 
 
-def test_seeds_that_only_some_pipelines_have_give_no_interval_to_the_others(tmp_path):
+def test_seeds_that_only_some_pipelines_have_are_named(tmp_path):
     page, _ = texts(tmp_path, [*ROWS, {**ROWS[-1], "seed": 1}])
-    assert "seeds: 0; 1 of some pipelines." in page
-    assert "(one seed)" in page
-    assert "seeds: 0." in texts(tmp_path)[0]
+    assert "Seeds: 0; 1 of some pipelines." in page
+    assert "(one seed; " in page
+    assert "Seeds: 0. " in texts(tmp_path)[0]
 
 
 def test_singles_without_a_finished_row_are_named_beside_the_figure(tmp_path):

@@ -107,6 +107,29 @@ def test_a_poisoned_step_is_noticed_and_made_again(run, folder, tmp_path, capsys
     assert rows["tuned/rounded"]["steps"][1]["findings"] == rows["tuned/pruned"]["steps"][1]["findings"]
 
 
+@pytest.mark.parametrize("damage", ["another score", "{}", "[1]", "no JSON", "an older form"])
+def test_a_poisoned_measurement_is_noticed_and_made_again(run, folder, tmp_path, damage):
+    _, rows = run(study(folder), only=("tuned/pruned",))
+    cache = tmp_path / "out" / "cache"
+    notes = [*cache.glob("*/*.json")]
+    assert (
+        len(notes) == 3
+    )  # of the tuned model and of the pruned one, and what the first one told of each example
+    for note in notes:
+        told = json.loads(note.read_text())
+        forms = {
+            "another score": {**told, "value": {**told["value"], "score": 99.0}},
+            "an older form": told["value"],
+        }
+        note.write_text(json.dumps(forms[damage]) if damage in forms else damage)
+    path = tmp_path / "results" / "toy.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])  # of the tuned model
+    failures, again = run(study(folder), only=("tuned/pruned",))
+    assert failures == 0
+    assert applied() == ["Train", "Prune"]
+    assert again["tuned/pruned"]["score"] == rows["tuned/pruned"]["score"]
+
+
 def test_what_a_missing_entry_wants_is_kept_and_the_rest_goes(run, folder, tmp_path):
     run(study(folder), only=("tuned", "tuned/pruned"))
     kept = {path.name for path in (tmp_path / "out" / "cache").iterdir()}

@@ -10,6 +10,7 @@ from stackcomp.cli import main
 from stackcomp.core.errors import MissingNeed, SettingError, StudyRefused
 from stackcomp.studies import Rows
 from stackcomp.studies import search as searching
+from stackcomp.studies.combinations import techniques
 from stackcomp.studies.search import search
 from tests import toys
 from tests.studies.counted import Broken, Prune, Round, Train, applied
@@ -236,14 +237,49 @@ def test_what_has_no_difference_is_no_result(folder):
 def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
     found, _ = go(asked(folder, loss=None, size_bytes=10, pipelines=2, rungs=(sc.Rung(),)))
     assert not found.reached
-    assert "no pipeline reaches the goal; the nearest" in str(found)
+    size = found.searched["size_bytes"]
+    missed = (
+        f"no pipeline reaches the goal, at most 10 bytes; the nearest one misses it by {size - 10:,} bytes: "
+    )
+    assert str(found).startswith(missed)
+    found, _ = go(asked(folder, loss=None, floor=101.0, pipelines=2, rungs=(sc.Rung(),)))
+    gap = 101.0 - found.searched["score"]
+    assert str(found).startswith(
+        f"no pipeline reaches the goal, a score of 101; the nearest one misses it by {gap:.2f} points"
+    )
+
+
+def test_a_floor_is_a_score_and_not_a_loss(folder):
+    mine = asked(folder, loss=None, floor=80.0)
+    for metric, better, worse in (("accuracy", 81.0, 79.0), ("perplexity", 79.0, 81.0)):
+        row = {"metric": metric, "difference": -50.0, "size_bytes": 10}
+        assert mine.reaches({**row, "score": better})
+        assert not mine.reaches({**row, "score": worse})
+        assert mine.cost({**row, "score": better}) < mine.cost({**row, "score": worse})
+
+
+def test_a_rung_runs_its_share_of_steps_and_of_samples(folder):
+    passes = {"tune": Train(steps=4, batch_size=4), "prune": sc.Wanda(sparsity=0.5, samples=64)}
+    mine = asked(folder, passes=passes, rungs=(sc.Rung(steps=0.5, samples=0.25), sc.Rung()))
+    choice = tuple(techniques(passes))
+    cheap, full = (mine.entry(choice, place).passes for place in (1, 2))
+    assert (cheap[0].steps, cheap[1].samples) == (2, 16)
+    assert list(full) == list(passes.values())
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"size_bytes": 10}, "give one of them"),
+        ({"floor": 80.0}, "give one of them"),
+        ({"loss": None}, "give one of them"),
         ({"loss": -1.0}, "loss=-1.0 is out of range"),
+        ({"loss": None, "floor": "high"}, "floor='high' is out of range"),
+        ({"model": 3}, "model=3 is neither"),
+        ({"task": "sst2"}, "task='sst2' is no task"),
+        ({"orders": "no"}, "orders='no' is neither on nor off"),
+        ({"rungs": (sc.Rung(samples=0.5),)}, r"on all samples \(samples=1.0\)"),
+        ({"passes": [Round()]}, "give a mapping of names to passes"),
         ({"loss": None, "size_bytes": 0}, "size_bytes=0"),
         ({"rungs": ()}, "the last one must run all steps"),
         ({"rungs": (sc.Rung(steps=0.5),)}, "the last one must run all steps"),

@@ -8,6 +8,7 @@ import stackcomp as sc
 from stackcomp.core.errors import PipelineRefused, SelectionEmpty, SettingError, StudyRefused
 from stackcomp.studies.forecast import duration, forecast
 from stackcomp.studies.rows import RECIPE
+from stackcomp.studies.study import _name
 from tests import toys
 from tests.studies.counted import Prune, Round, Train, entry, study
 
@@ -128,6 +129,22 @@ def test_a_row_of_another_tokenizer_or_of_another_task_or_tokenizer_of_its_paren
         assert child.is_done({"key": pruned.key, **pruned.asked})  # a row of before this was said
 
 
+def test_a_row_of_another_tokenizer_beside_the_model_is_not_the_entrys(folder):
+    tuned, pruned, _ = study(folder).entries
+    rows = [{"key": one.key, **one.asked, **one.data} for one in (tuned, pruned)]
+    older = [{**rows[0], "tokenizer": None}, {**rows[1], "before": [[tuned.task_digest, None]]}]
+    assert tuned.is_done(rows[0])
+    assert pruned.is_done(rows[1])
+    vocabulary = folder / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace('"good"', '"fine"'))
+    _name.cache_clear()  # a folder is read once
+    tuned, pruned, _ = study(folder).entries
+    assert not tuned.is_done(rows[0])
+    assert not pruned.is_done(rows[1])
+    assert tuned.is_done(older[0])  # of before this was said
+    assert pruned.is_done(older[1])
+
+
 def test_rows_stand_in_the_order_of_the_entries_and_those_of_other_declarations_are_left_out(folder):
     mine = study(folder)
     rows = [{"key": one.key, **one.asked, **one.data} for one in mine.entries]
@@ -157,6 +174,9 @@ def test_shared_prefixes_are_counted_once_and_time_is_predicted_from_rows(folder
     rows = [{"steps": steps}, {"steps": steps[:2]}, {"error": {}}]
     assert forecast(entries, (), rows).time == "about 2 min, and 1 passes of unknown time"
     assert forecast(entries[1:2], (), rows).time == "about 40 s"
+    assert forecast(entries[1:2], (), rows, workers=2).time == "about 20 s"
+    scored = [{"steps": [{**step, "measuring_seconds": 7.0} for step in steps]}]
+    assert forecast(entries[1:2], (), scored).time == "about 47 s"
     assert forecast(entries[1:], entries[1].steps, rows).passes == {"Round": 1}
     assert duration(12000) == "3 h 20 min"
 

@@ -102,6 +102,20 @@ def test_bad_input_ends_it_before_any_worker_starts(command, capsys):
     assert applied() == []
 
 
+def test_an_address_without_a_cluster_is_told(command, capsys, monkeypatch):
+    ray = pytest.importorskip("ray")
+    assert main([*command, "--ray", "nonsense"]) == 2
+    assert "--ray nonsense reaches no Ray cluster" in capsys.readouterr().err
+
+    def nobody(**settings):
+        raise ConnectionError("could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    assert main([*command, "--ray", "auto"]) == 2
+    assert "--ray auto reaches no Ray cluster (could not find any" in capsys.readouterr().err
+    assert applied() == []
+
+
 def test_a_ray_cluster_shares_them_and_survives_the_loss_of_a_node(command, tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

@@ -7,7 +7,7 @@ v(all) - v(all but it), does not sum to anything.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
 
@@ -28,8 +28,9 @@ MEASURES: Mapping[str, Callable[[Cell], Estimate | None]] = {
 class Attribution:
     """What each technique gave of one of `MEASURES`: logarithms of compression and of speed, points of score.
 
-    total: v(all) - v(none); shares: Shapley values, by technique; without: leave-one-out; orders: how many legal orders
-    of all techniques the total is the mean of; undefined: why there are no figures, empty where there are.
+    total: v(all) - v(none); shares: Shapley values, by technique; without: leave-one-out; orders: how many orders of all techniques
+    the total is the mean of; partial: for each subset of which some orders have not finished, its name and "k of n"; undefined: why there
+    are no figures, empty where there are.
     """
 
     measure: str
@@ -37,6 +38,7 @@ class Attribution:
     shares: Mapping[str, Estimate]
     without: Mapping[str, Estimate]
     orders: int = 0
+    partial: Mapping[str, str] = field(default_factory=dict[str, str])
     undefined: str = ""
 
 
@@ -47,7 +49,7 @@ def attribution(cells: Cells, choice: Mapping[str, str], measure: str) -> Attrib
     where it was not measured.
     """
     players, value = cells.passes, MEASURES[measure]
-    game: dict[Coalition, Estimate] = {}
+    game, partial = dict[Coalition, Estimate](), dict[str, str]()
     for coalition in coalitions(players):
         nothing = [] if cells.dense is None else [cells.dense]
         found = cells.orders(coalition, choice) if coalition else nothing
@@ -61,6 +63,9 @@ def attribution(cells: Cells, choice: Mapping[str, str], measure: str) -> Attrib
                 measure=measure, shares={}, without={}, undefined=f"{measure} was not measured"
             )
         game[coalition] = mean(measured)
+        planned = cells.planned_orders(coalition, choice) if coalition else 1
+        if len(found) < planned:
+            partial[cells.said(coalition)] = f"{len(found)} of {planned}"
     everyone = frozenset(players)
 
     def gap(more: Coalition, less: Coalition) -> Estimate:
@@ -75,6 +80,7 @@ def attribution(cells: Cells, choice: Mapping[str, str], measure: str) -> Attrib
         },
         without={player: gap(everyone, everyone - {player}) for player in players},
         orders=len(cells.orders(players, choice)),
+        partial=partial,
     )
 
 

@@ -68,8 +68,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The techniques in order, each with its strength."""
-        return _name(self.passes, self.strengths)
+        """The techniques in order, each with its strength; without any, the recovery alone or the model as it came."""
+        alone = "recovery alone" if len(self.rows[0]["steps"]) > 1 else "dense"
+        return _name(self.passes, self.strengths) or alone
+
+    @property
+    def seeds(self) -> set[int]:
+        """Of its rows."""
+        return {row["seed"] for row in self.rows}
 
     @cached_property
     def size_bytes(self) -> float:
@@ -124,7 +130,7 @@ class Cell:
 
 def _name(passes: Sequence[str], strengths: Sequence[str]) -> str:
     named = zip(passes, strengths, strict=True)
-    return " > ".join(f"{name} {strength}".strip() for name, strength in named) or "dense"
+    return " > ".join(f"{name} {strength}".strip() for name, strength in named)
 
 
 def _techniques(row: Row) -> Techniques:
@@ -250,6 +256,14 @@ class Cells:
         """The finished orders of these techniques, each at the strength chosen for it."""
         return [cell for cell in self.cells if _is_of(cell.passes, cell.strengths, set(passes), choice)]
 
+    def planned_orders(self, passes: Iterable[str], choice: Mapping[str, str]) -> int:
+        """How many orders of these techniques the study has, finished or not."""
+        return sum(_is_of(*one, set(passes), choice) for one in self.planned)
+
+    def said(self, passes: Iterable[str]) -> str:
+        """Techniques as a set, in words."""
+        return " with ".join(name for name in self.passes if name in set(passes)) or "dense"
+
     def choice(self, best: Cell | None = None) -> dict[str, str]:
         """A strength for every technique: that of `best` where it has it, else the first one of the study."""
         found: dict[str, str] = {}
@@ -265,8 +279,7 @@ class Cells:
 
     def missing(self, passes: Iterable[str], choice: Mapping[str, str]) -> str:
         """Why these techniques have no finished order, in words."""
-        wanted = set(passes)
-        said = " with ".join(name for name in self.passes if name in wanted) or "dense"
+        wanted, said = set(passes), self.said(passes)
         for row in self.failed:
             if _is_of(row["labels"]["passes"], row["labels"]["strengths"], wanted, choice):
                 return f"{said}: failed with {row['error']['type']}: {row['error']['message']}"

@@ -42,15 +42,14 @@ class Extra:
 
     @property
     def sure(self) -> str:
-        """How sure the value is, in words: one seed has no interval, and where no draw changes a choice it has no width."""
-        if self.seeds == 1 or self.interval is None:
-            return "one seed"
-        low, high = self.interval
-        return (
+        """How sure the value is, in words: where no draw changes a choice, the interval has no width."""
+        low, high = self.interval or (0.0, 0.0)
+        wide = (
             f"95% interval {low:+.0%} to {high:+.0%}"
             if low < high
             else "the same in every draw of the scores"
         )
+        return {0: "no seed in common; ", 1: "one seed; "}.get(self.seeds, "") + wide
 
 
 def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
@@ -78,7 +77,7 @@ def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
         value=_bytes(single, of) / _bytes(stack, of) - 1,
         interval=(float(low), float(high)),
         drawn=float(both.mean()),
-        seeds=min(len(single.rows), len(stack.rows)),
+        seeds=len(single.seeds & stack.seeds),
         ceiling=single.size_bytes / rest - 1 if of == "file" else None,
         predicted=_product(cells, stack, of),
         found=exp(_log(stack, of).value),

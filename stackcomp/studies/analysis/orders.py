@@ -60,12 +60,8 @@ def _swapped(cells: Cells, first: str, second: str) -> Iterator[tuple[Cell, Cell
         for place in range(len(cell.passes) - 1):
             if cell.passes[place : place + 2] == (first, second):
                 other = known.get((_swap(cell.passes, place), _swap(cell.strengths, place)))
-                if other is not None and _seeds(cell) & _seeds(other):
+                if other is not None and cell.seeds & other.seeds:
                     yield cell, other
-
-
-def _seeds(cell: Cell) -> set[int]:
-    return {row["seed"] for row in cell.rows}
 
 
 def _swap(words: tuple[str, ...], place: int) -> tuple[str, ...]:
@@ -109,7 +105,7 @@ def _alone(cells: Cells, first: str, second: str) -> str:
     if before or after:
         ahead, behind = (second, first) if before else (first, second)
         return f"Only {ahead} before {behind} is legal: after it, {before or after}."
-    return f"{first} and {second}: no two pipelines that differ in their order have run yet."
+    return f"{first} and {second}: no two pipelines that differ in their order have finished."
 
 
 def _illegal(cells: Cells, names: tuple[str, str]) -> str:

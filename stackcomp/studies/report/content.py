@@ -66,10 +66,9 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
     yield Heading("What the stack gives beyond the best single technique")
     yield from _extra(cells, whole)
     yield from _extra(cells, encoder)
-    anew = "" if whole.seeds == 1 else "; the interval makes both choices anew for every draw of the scores"
     yield (
         f"Pipelines are chosen and scored on the same examples ({cells.came.rows[0]['examples']} of the {cells.cells[0].rows[0]['split']} "
-        f"split){anew}."
+        "split); the interval makes both choices anew for every draw of the scores."
     )
     yield Heading("Score against bytes")
     yield from _front(cells, floor)
@@ -95,11 +94,12 @@ def _parts(study: Study, cells: Cells, floor: float) -> Iterator[Part]:
 
 
 def _counted(study: Study, cells: Cells) -> str:
-    planned = len(study.pipelines)
+    runs, pipelines = len(study.pipelines), len(set(study.pipelines))
     done = sum(len(cell.rows) for cell in cells.ran)
     failed = f", {len(cells.failed)} failed" if cells.failed else ""
+    planned = f"{pipelines} pipelines" + (f", {runs} with all seeds," if runs > pipelines else "")
     return (
-        f"{len(cells.passes)} techniques: {', '.join(cells.passes)}. Of {planned} pipelines {done} have finished{failed}. "
+        f"{len(cells.passes)} techniques: {', '.join(cells.passes)}. Of {planned} {done} have finished{failed}. "
         "± is half of a 95% interval: of the difference to the model as it came, on the same examples, and over seeds where "
         "there are several. Encoder: all of the file but embeddings and header."
     )
@@ -112,10 +112,8 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
         f"{came.rows[0]['noise']:.2f}, {_mb(came.size_bytes)}, of which {_mb(came.size_bytes - came.encoder_bytes)} are embeddings and "
         "header."
     )
-    yield (
-        f"Run on {row['date']}: {row['machine']['processor']}, threads: {row['machine']['threads']}, torch "
-        f"{row['versions']['torch']}, transformers {row['versions']['transformers']}; seeds: {_seeds(cells)}."
-    )
+    made = Counter(map(_where, (row for cell in cells.ran for row in cell.rows)))
+    yield f"Seeds: {_seeds(cells)}. Run on {'; '.join(f'{where} ({count} rows)' for where, count in made.items())}."
     if study.skipped:
         reasons = Counter(one.reason for one in study.skipped)
         yield f"{len(study.skipped)} pipelines are illegal by contract and were not run:"
@@ -123,7 +121,13 @@ def _made(study: Study, cells: Cells) -> Iterator[Part]:
         yield Table(titles=["why", "pipelines"], rows=rows)
 
 
-# the extra
+def _where(row: Row) -> str:
+    """On what a row was made, and with what."""
+    machine, versions = row["machine"], row["versions"]
+    return (
+        f"{row['date']}: {machine['processor']}, threads: {machine['threads']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, stackcomp {versions['stackcomp']}"
+    )
 
 
 def _seeds(cells: Cells) -> str:
@@ -138,6 +142,9 @@ def _seeds(cells: Cells) -> str:
     return "; ".join([*said, *([f"{', '.join(map(str, some))} of some pipelines"] if some else [])])
 
 
+# the extra
+
+
 def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
     where = "Whole file" if found.of == "file" else "Encoder"
     start = f"{where}, at a score of {cells.bound} {found.floor:.2f}: "
@@ -149,11 +156,7 @@ def _extra(cells: Cells, found: Extra) -> Iterator[Part]:
     if found.value is None or found.single is None or found.stack is None:
         yield start + " ".join(_missed(cells, found)) + end
         return
-    always = (
-        ""
-        if found.seeds == 1 or found.drawn > 0.995
-        else f", where there is a figure: {found.drawn:.0%} of the draws"
-    )
+    always = "" if found.drawn > 0.995 else f", where there is a figure: {found.drawn:.0%} of the draws"
     said = (
         f"{abs(found.value):.0%} {'more' if found.value >= 0 else 'less'} compression ({found.sure}{always}): the smallest stack that "
         f"reaches it, {_named(found.stack, found.of)}, against the smallest single technique, {_named(found.single, found.of)}."
@@ -258,6 +261,12 @@ def _attribution(found: Attribution, sign: int) -> Iterator[Part]:
         return
     said = str if found.measure == "score" else _factor
     yield f"{title}: {said(found.total)} in all, the mean of {found.orders} orders."
+    if found.partial:
+        yield (
+            "Not all orders have finished, so that these subsets count as the mean of some: "
+            + "; ".join(f"{name}, {count}" for name, count in found.partial.items())
+            + "."
+        )
     total = found.total
     shown = str if found.measure == "score" else lambda one: _part(one, total)
     yield pictures.bars([(name, one, shown(one)) for name, one in found.shares.items()], sign)
@@ -364,8 +373,10 @@ def _components(best: Cell) -> Iterator[Part]:
 
 def _pipelines(cells: Cells) -> Iterator[Part]:
     rows = [row for cell in cells.ran for row in cell.rows]
+    timed = cells.timed
+    titles = ["key", cells.metric, "against dense", "bytes", "compression", *["latency"] * timed]
     yield Table(
-        titles=["key", cells.metric, "against dense", "bytes", "compression", "declaration", "fingerprint"],
+        titles=[*titles, "declaration", "fingerprint"],
         rows=[
             [
                 row["key"],
@@ -373,12 +384,13 @@ def _pipelines(cells: Cells) -> Iterator[Part]:
                 str(Estimate(value=row["difference"], half=row["difference_noise"])),
                 f"{row['size_bytes']:,}",
                 f"{row['compression']:.2f}x",
+                *([f"{row['latency_ratio']:.2f}x"] if timed else []),
                 row["declaration"],
                 row["fingerprint"],
             ]
             for row in rows
         ],
-        code=frozenset({5, 6}),
+        code=frozenset({len(titles), len(titles) + 1}),
     )
     if cells.failed:
         yield "Failed:"

@@ -140,6 +140,17 @@ def test_a_missing_subset_leaves_it_undefined_and_says_which_and_why():
     )
 
 
+def test_a_subset_of_which_some_orders_have_not_finished_is_named():
+    failed = {**ROWS[3], "error": {"type": "BadWeights", "message": "NaN"}}
+    for cells in (
+        Cells.of([*ROWS[:3], failed]),
+        Cells.of(ROWS[:3], planned=[(("half", "quarter"), ("", "")), (("quarter", "half"), ("", ""))]),
+    ):
+        found = attribution(cells, cells.choice(), "file")
+        assert (found.orders, found.partial) == (1, {"half with quarter": "1 of 2"})
+    assert attribution(Cells.of(ROWS), Cells.of(ROWS).choice(), "file").partial == {}
+
+
 def test_before_recovery_alone_has_finished_nothing_is_attributed():
     failed = {**row(), "error": {"type": "BadWeights", "message": "NaN"}}
     cells = Cells.of([failed, *ROWS])

@@ -28,6 +28,19 @@ def test_the_smallest_single_against_the_smallest_stack_that_reach_the_floor():
     assert found.found == pytest.approx(1000 / 400)
 
 
+def test_it_says_how_sure_it_is_with_one_seed_too_and_counts_the_seeds_that_both_have():
+    one = extra(Cells.of(ROWS), 79.0)
+    assert one.sure == "one seed; the same in every draw of the scores"
+    wide = extra(Cells.of([row("a", size=600, score=79.05, noise=1.0), *ROWS[1:]]), 79.0)
+    assert wide.sure == "one seed; 95% interval +50% to +100%"
+    more = [row("a", size=600, score=79.5, noise=0.1, seed=seed) for seed in (0, 1, 2)]
+    assert extra(Cells.of([*more, ROWS[2]]), 79.0).seeds == 1
+    apart = [row("a", "b", size=400, score=79.4, noise=0.1, seed=seed) for seed in (3, 4)]
+    assert extra(Cells.of([*more, *apart]), 79.0).sure.startswith("no seed in common; ")
+    both = [*more, *(row("a", "b", size=400, score=79.4, noise=0.1, seed=seed) for seed in (1, 2))]
+    assert extra(Cells.of(both), 79.0).sure == "the same in every draw of the scores"
+
+
 def test_the_encoder_is_everything_but_the_embeddings():
     found = extra(Cells.of(ROWS), 79.0, "encoder")
     assert found.value == pytest.approx((600 - 100) / (400 - 50) - 1)
@@ -91,6 +104,8 @@ def test_independent_techniques_do_not_interact():
 
 def test_the_front_holds_what_nothing_beats_in_both():
     assert [cell.name for cell in pareto(Cells.of(ROWS))] == ["dense", "b", "a", "a > b", "b > a"]
+    better = row(size=990, score=81.0)
+    assert pareto(Cells.of([better, *ROWS]))[0].name == "recovery alone"
     beaten = row("c", size=650, score=79.5)
     assert "c" not in [cell.name for cell in pareto(Cells.of([*ROWS, beaten]))]
 

@@ -80,7 +80,7 @@ def test_pairs_that_cannot_be_compared_say_why():
 
     rows = [row("a"), row("b"), row("a", "b")]
     for skipped, said in (
-        ((), "have run yet"),
+        ((), "have finished"),
         (
             (refused("b", "a"),),
             "Only a before b is legal: after it, a requires 'float', which is missing on the weight.",
