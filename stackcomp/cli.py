@@ -11,16 +11,26 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stackcomp.core import __version__
-from stackcomp.core.errors import CheckpointError, PipelineFileError, SettingError, StackcompError
+from stackcomp.core.errors import (
+    CheckpointError,
+    PipelineFileError,
+    SettingError,
+    StackcompError,
+    StudyRefused,
+)
 from stackcomp.core.files import disk_is_full
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
+
+if TYPE_CHECKING:
+    from stackcomp.studies import Rows, Study
 
 PLACE = (
     errno.EACCES,
@@ -323,11 +333,16 @@ def _study(options: argparse.Namespace) -> int:
         print(f"{runner.table()}\n{runner.summary()}")
         return 0
     if options.workers is None and options.ray is None and options.threads is None:
-        return 1 if runner.go() else 0
-    crew = workers.Crew(
-        file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads
-    )
-    return 0 if (crew.here() if options.ray is None else crew.on_ray(options.ray)) else 1
+        well = not runner.go()
+    else:
+        crew = workers.Crew(
+            file=options.file.resolve(), runner=runner, workers=options.workers, threads=options.threads
+        )
+        well = crew.here() if options.ray is None else crew.on_ray(options.ray)
+    if study.pipelines:
+        with suppress(StudyRefused):  # nothing to compare yet; `stackcomp report` says why
+            _write_report(study, rows, out / "report")
+    return 0 if well else 1
 
 
 def _refuse_beside_replay(options: argparse.Namespace) -> None:
@@ -351,13 +366,17 @@ def _search(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from stackcomp.studies import Rows, declared
-    from stackcomp.studies.report import write
 
     study = declared(options.file)
-    rows = study.own(Rows(name=study.name, folder=options.results).read())
-    for path in write(study, rows, options.out, options.floor):
-        print(path)
+    _write_report(study, Rows(name=study.name, folder=options.results), options.out, options.floor)
     return 0
+
+
+def _write_report(study: "Study", rows: "Rows", out: Path, floor: float | None = None) -> None:
+    from stackcomp.studies.report import write
+
+    for path in write(study, study.own(rows.read()), out, floor):
+        print(path)
 
 
 def _unpack(options: argparse.Namespace) -> int:

@@ -230,6 +230,9 @@ def test_from_the_declaration_to_the_report(folder, tmp_path, capsys):
     assert main(["study", str(tmp_path / "mine.py"), *places, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
     assert "left out" in said
+    page = tmp_path / "out" / "report" / "toy.html"
+    assert str(page) in said
+    assert re.search(r"Of \d+ pipelines 3 have finished, \d+ failed", page.read_text("utf8"))
     assert "times: prune requires 'float'" in said
     assert applied() == ["Prune", "Round", "Round"]
     command = ["report", str(tmp_path / "mine.py"), *places, "--out", str(tmp_path / "report")]
