@@ -34,8 +34,7 @@ s = b, where every row needs every direction.
 *Plain* starts are factorized for the least error of the weights themselves, as in the paper. The others are *data-aware*, our own: in
 the metric of the layers' inputs. Both methods are run from both, so that what the start gives and what learned supports give can be told
 apart. With *gradients*, errors are weighed by the gradients at the layers' outputs, too, which is the default of the passes; what starts
-so near is trained at lower rates, a tenth for low rank and for frozen supports, half for STF, which factorizes anew less often: at half
-of the rates, low rank ended further from the dense model than it had started.
+so near is trained at lower rates, a tenth for low rank and for frozen supports, half for STF, which factorizes anew less often.
 
 The paper reports, for BERT-base, a loss of about 1 point at 2.8x and up to 40% better compression than low rank. Here the model is a
 smaller one, and every method gets the same steps, batches, teacher and losses. Embeddings, half of the file, are left alone."""

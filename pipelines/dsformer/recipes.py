@@ -20,7 +20,7 @@ FROZEN = "embeddings"
 STF_RATE = 1e-4  # of dense weights; factors and whatever else is trained as it is stored take RATE
 WEIGHED_RATE = STF_RATE / 2  # of the same in the metric of inputs and gradients, where the start is near
 RATE = 2e-4
-NEAR_RATE = 2e-5  # of low rank and of frozen supports in that metric: at five times as much, 300 steps lead away from the start
+NEAR_RATE = 2e-5  # of low rank and of frozen supports in that metric, where more leads away from the start
 EVERYWHERE = 5  # methods that are run at every ratio
 
 
