@@ -74,10 +74,13 @@ def whole_model(parts: "Mapping[str, Sequence[Tensor]]", layers: int = 12) -> "I
 def automatic(rows: int, columns: int) -> Shape:
     """The shape that the pass would take for all layers at RATIO."""
     from stackcomp import ops
+    from stackcomp.passes.dense_sparse import DENSITY
 
     long, wide = max(rows, columns), min(rows, columns)
     blocks = AUTO["square" if rows == columns else "tall"]
-    atoms, nonzeros = ops.shape_of_size(long, wide, size_bytes=4 * rows * columns / RATIO, blocks=blocks)
+    atoms, nonzeros = ops.shape_of_size(
+        long, wide, size_bytes=4 * rows * columns / RATIO, density=DENSITY, blocks=blocks
+    )
     return Shape(blocks=blocks, atoms=atoms, nonzeros=nonzeros)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)  # a part of a low-rank weight
+LOCAL_SPREAD = 1.3  # where an error is that of a layer's own outputs
 SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers well with fewer texts
 
 
@@ -122,8 +123,8 @@ class FactorizingPass(Pass):
     of its weights; sensitivity: weigh these outputs by what the model's own output makes of them (gradients,
     but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
     added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
-    of at least 1: 1 gives every layer the same ratio (nothing is shared out), None sets no limit: the
-    predicted error is local, and a layer it calls cheap may not be; value_bits: bits that a value will take in
+    of at least 1: 1 gives every layer the same ratio (nothing is shared out); None sets no limit where gradients say what an error does to
+    the model's output, and 1.3 where it is local, as a layer it calls cheap may not be; value_bits: bits that a value will take in
     the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32): the ratio then
     counts these bytes, of the dense weight too, so that indices have their true share, and dense-sparse factors are made to be rounded;
     None: bits as they are.
@@ -134,7 +135,7 @@ class FactorizingPass(Pass):
     sensitivity: bool = True
     samples: int = 2048
     damping: float = 1e-3
-    spread: float | None = 1.3
+    spread: float | None = None
     value_bits: float | None = None
 
     idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
@@ -249,11 +250,12 @@ class FactorizingPass(Pass):
     ) -> "dict[str, list[Candidate]]":
         """The candidates whose own ratio is within `spread` of the ratio of all; a layer that has none is
         left dense. All candidates where no budget can be kept so."""
-        if self.spread is None:
+        if self.spread is None and self.data_aware and self.sensitivity:
             return candidates
-        if self.spread == 1.0:
+        spread = self.spread or LOCAL_SPREAD
+        if spread == 1.0:
             return self._even(candidates, layers, budget)
-        low, high = self.ratio / self.spread, self.ratio * self.spread
+        low, high = self.ratio / spread, self.ratio * spread
         near = {
             id_: [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
             or options[:1]

@@ -21,8 +21,7 @@ import numpy as np
 from stackcomp.core.errors import UnreachableRatio
 from stackcomp.core.matrices import Fixed
 
-DENSITY = 0.22  # of a sparse factor: where the error of MiniLM-L6's layers is least, whatever the bytes and the width of values,
-HIGHEST_SHARE = 0.8  # but for a basis that would have more atoms than this share of the columns of its block
+HIGHEST_SHARE = 0.8  # of the columns of a block: a basis of more atoms costs more than it brings
 RELATIVE_GAP = 1e-5  # how far from the optimum the solver may stop: below the noise of the errors themselves
 
 
@@ -136,12 +135,19 @@ def most_nonzeros(
 
 
 def shape_of_size(
-    rows: int, columns: int, *, size_bytes: float, blocks: int = 1, value_bytes: float = 4
+    rows: int,
+    columns: int,
+    *,
+    size_bytes: float,
+    density: float,
+    blocks: int = 1,
+    value_bytes: float = 4,
 ) -> tuple[int, int]:
-    """(atoms, nonzeros) of dense-sparse factors of about `size_bytes` and `DENSITY`, indices counted at its entropy; 0 nonzeros where not
-    even one fits."""
-    index_bytes = -(DENSITY * log2(DENSITY) + (1 - DENSITY) * log2(1 - DENSITY)) / DENSITY / 8
-    atom_bytes = columns * value_bytes + rows * blocks * DENSITY * (value_bytes + index_bytes)
+    """(atoms, nonzeros) of dense-sparse factors of about `size_bytes` and `density`, the share of the atoms of its block that a row
+    keeps, indices counted at its entropy; fewer atoms where they would be almost as many as columns; 0 nonzeros where not even one
+    fits."""
+    index_bytes = -(density * log2(density) + (1 - density) * log2(1 - density)) / density / 8
+    atom_bytes = columns * value_bytes + rows * blocks * density * (value_bytes + index_bytes)
     atoms = min(rows, max(1, round(min(size_bytes / atom_bytes, HIGHEST_SHARE * columns / blocks))))
     return atoms, most_nonzeros(
         rows, columns, atoms=atoms, size_bytes=size_bytes, blocks=blocks, value_bytes=value_bytes

@@ -23,18 +23,36 @@ if TYPE_CHECKING:
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR)
 DENSE, SPARSE = FACTOR | {Fact.DENSE}, FACTOR | {Fact.SPARSE}
 
-LOWEST_RATIO, HIGHEST_RATIO, STEPS = 1.05, 12.0, 40  # of one layer, whatever the ratio of all
-SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
+RATIOS = tuple(
+    1.05 * (12 / 1.05) ** (step / 39) for step in range(65)
+)  # of one layer, whatever the ratio of all: 1.05 to 57
+DENSITY = 0.22  # of sparse factors: where the error of MiniLM-L6's layers is least, whatever the bytes and the width of values,
+WEIGHED_DENSITY = 0.4  # and where gradients are in the metric, which then has fewer directions that matter
+SQUARE_BLOCKS = 4  # for weights that are not much longer than wide, without gradients in the metric; all others share one basis
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
 
 Gains = tuple[tuple[float, float], ...]
-"""The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6, with and without gradients in
-the metric. They rank candidates; the error that results is the solver's own."""
+"""The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6. They rank candidates; the error
+that results is the solver's own."""
 
-SQUARE: Gains = ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87))
-TALL_ROWS: Gains = ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79))
-# TALL_ROWS where the inputs' metric is that of the rows
-TIED_ROWS: Gains = ((1.05, 0.9), (1.1, 0.66), (1.5, 0.4), (2.0, 0.4), (3.6, 0.47), (7.0, 0.61), (12.0, 0.7))
+BY_INPUTS: tuple[Gains, Gains, Gains] = (
+    ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87)),  # square
+    (
+        (1.05, 0.9),
+        (1.1, 0.66),
+        (1.5, 0.4),
+        (2.0, 0.4),
+        (3.6, 0.47),
+        (7.0, 0.61),
+        (12.0, 0.7),
+    ),  # tall, where the inputs tie the rows
+    ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79)),  # tall
+)
+WEIGHED: tuple[Gains, Gains, Gains] = (  # with gradients in the metric
+    ((1.05, 0.9), (1.5, 0.7), (12.0, 0.76), (60.0, 0.9)),
+    ((1.05, 0.9), (1.5, 0.68), (12.0, 0.66), (60.0, 0.8)),
+    ((1.05, 0.9), (1.5, 0.6), (12.0, 0.6), (60.0, 0.75)),
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -49,8 +67,8 @@ class DenseSparse(FactorizingPass):
     b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. groups: the atoms of a
     block are cut into so many groups, in each of which a row keeps s: 1 lets a row choose freely, b / g with s = 1 makes it choose one
     of every g, which costs less to index; it goes with atoms and must divide them. blocks: blocks of
-    columns, each with a basis of its own; it must divide every selected weight; None takes 4 for square
-    weights and 1 for tall ones. orientation: which side the sparse rows run along: "rows" those of W,
+    columns, each with a basis of its own; it must divide every selected weight; None takes 1, or 4 for square
+    weights without sensitivity. orientation: which side the sparse rows run along: "rows" those of W,
     "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
     support updates.
 
@@ -183,8 +201,7 @@ class DenseSparse(FactorizingPass):
 
     def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
         """The ratios at which a weight is priced, and what has about that size."""
-        for step in range(STEPS):
-            ratio = LOWEST_RATIO * (HIGHEST_RATIO / LOWEST_RATIO) ** (step / (STEPS - 1))
+        for ratio in RATIOS:
             of_values = form.rows * form.columns / ratio  # what the bytes would hold, were all of them values
             atoms, nonzeros = ops.shape_of_size(
                 form.rows,
@@ -192,6 +209,7 @@ class DenseSparse(FactorizingPass):
                 size_bytes=of_values * value_bytes,
                 blocks=form.blocks,
                 value_bytes=value_bytes,
+                density=form.density,
             )
             shape = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
             rank = int(of_values / (form.rows + form.columns))
@@ -253,9 +271,17 @@ class DenseSparse(FactorizingPass):
         turned = rows < cols if self.orientation == "auto" else self.orientation == "columns"
         long, wide = (cols, rows) if turned else (rows, cols)
         tall = long >= TALL * wide
-        automatic = SQUARE_BLOCKS if not tall and wide % SQUARE_BLOCKS == 0 else 1
-        gains = SQUARE if not tall else TIED_ROWS if turned and self.data_aware else TALL_ROWS
-        return _Form(rows=long, columns=wide, turned=turned, blocks=self.blocks or automatic, gains=gains)
+        weighed = self.data_aware and self.sensitivity
+        automatic = SQUARE_BLOCKS if not tall and not weighed and wide % SQUARE_BLOCKS == 0 else 1
+        square, tied, free = WEIGHED if weighed else BY_INPUTS
+        return _Form(
+            rows=long,
+            columns=wide,
+            turned=turned,
+            blocks=self.blocks or automatic,
+            density=WEIGHED_DENSITY if weighed else DENSITY,
+            gains=square if not tall else tied if turned and self.data_aware else free,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +292,7 @@ class _Form:
     columns: int
     turned: bool
     blocks: int
+    density: float
     gains: Gains
 
     def ratio(self, **shape: int) -> float:

@@ -91,13 +91,16 @@ def test_most_nonzeros_is_the_most(rows: int, columns: int, atoms: int, blocks: 
     assert found == max(fitting, default=0)
 
 
+@pytest.mark.parametrize("density", [0.22, 0.4])
 @pytest.mark.parametrize("value_bytes", [4, 0.575])
 @pytest.mark.parametrize(("rows", "columns", "blocks"), [(1536, 384, 1), (384, 384, 4)])
-def test_a_shape_fills_its_size_at_one_density(rows: int, columns: int, blocks: int, value_bytes: float):
+def test_a_shape_fills_its_size_at_its_density(
+    rows: int, columns: int, blocks: int, value_bytes: float, density: float
+):
     for ratio in (1.5, 2.0, 2.8, 5.0):
         size = value_bytes * rows * columns / ratio
         atoms, nonzeros = shape_of_size(
-            rows, columns, size_bytes=size, blocks=blocks, value_bytes=value_bytes
+            rows, columns, size_bytes=size, density=density, blocks=blocks, value_bytes=value_bytes
         )
         shape = {"atoms": atoms, "blocks": blocks, "value_bytes": value_bytes}
         assert dense_sparse_bytes(rows, columns, nonzeros=nonzeros, **shape) <= size
@@ -105,9 +108,9 @@ def test_a_shape_fills_its_size_at_one_density(rows: int, columns: int, blocks: 
         share = atoms * blocks / columns
         if ratio >= 2.8:
             assert share < 0.8
-            assert nonzeros / atoms == pytest.approx(0.22, abs=1 / atoms + 0.01)
+            assert nonzeros / atoms == pytest.approx(density, abs=1 / atoms + 0.01)
         assert share <= 0.81
 
 
 def test_what_is_too_small_for_a_shape_has_no_nonzeros():
-    assert shape_of_size(64, 64, size_bytes=100)[1] == 0
+    assert shape_of_size(64, 64, size_bytes=100, density=0.22)[1] == 0

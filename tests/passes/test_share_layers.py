@@ -19,7 +19,7 @@ BLOCKS = "encoder.layer.*"
 QUERY = "attention.self.query"
 DEPTH = 4
 TRAINED = {"epochs": 9, "steps": 4, "batch_size": 4}
-SPARSE = sc.DenseSparse(ratio=1.6, only=BLOCKS, blocks=1, sensitivity=False, spread=None)
+SPARSE = sc.DenseSparse(ratio=1.6, only=BLOCKS, blocks=1, sensitivity=False, spread=100.0)
 
 
 def deep(family="bert", depth=DEPTH):

@@ -15,7 +15,7 @@ from tests import toys
 from tests.passes.test_conformance import apply
 
 BLOCKS = "encoder.layer.*"
-START = sc.DenseSparse(ratio=1.6, only=BLOCKS, blocks=1, sensitivity=False, spread=None)
+START = sc.DenseSparse(ratio=1.6, only=BLOCKS, blocks=1, sensitivity=False, spread=100.0)
 QUICK = {"steps": 6, "epochs": 9, "batch_size": 4, "only": BLOCKS}
 
 
