@@ -17,7 +17,6 @@ STF = "STF"
 AGAINST = tuple((f"STF{start}", f"conventional{start}") for start in ("", ", gradients", ", plain start"))
 LOW_RANK = ("data-aware SVD", "SVD", "FWSVD")  # the first is run at every ratio
 GRADIENTS = ("STF, gradients", "data-aware SVD, gradients")
-# all of them were run at every ratio
 EQUAL_SCORES = ((STF, LOW_RANK[0]), GRADIENTS, (GRADIENTS[0], LOW_RANK[0]))
 TASKS = {"stsb": "STS-B", "reviews": "Rotten Tomatoes", "mrpc": "MRPC", "sst2": "SST-2"}
 

@@ -79,7 +79,7 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
         plain("dense", 1.0, 82.0),
         plain("DenseSparse", 2.0, 81.0),
         plain("LowRank", 2.0, 79.5),
-        plain("LowRank (free budget)", 2.0, 80.0),
+        plain("LowRank (even budget)", 2.0, 80.0),
         plain("LowRank", 2.0, 99.0, int8=True),
         plain("DenseSparse", 3.0, 79.0),
         plain("LowRank", 3.0, 76.0),

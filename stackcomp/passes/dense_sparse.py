@@ -27,15 +27,18 @@ RATIOS = tuple(
     1.05 * (12 / 1.05) ** (step / 39) for step in range(65)
 )  # of one layer, whatever the ratio of all: 1.05 to 57
 DENSITY = 0.22  # of sparse factors: where the error of MiniLM-L6's layers is least, whatever the bytes and the width of values,
-WEIGHED_DENSITY = 0.4  # and where gradients are in the metric, which then has fewer directions that matter
-SQUARE_BLOCKS = 4  # for weights that are not much longer than wide, without gradients in the metric; all others share one basis
+SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
+FEW, FEW_DENSITY = (
+    20.0,
+    0.4,
+)  # where gradients span so few directions, as those of a classifier do, denser rows and one basis are better
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
 
 Gains = tuple[tuple[float, float], ...]
 """The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6. They rank candidates; the error
 that results is the solver's own."""
 
-BY_INPUTS: tuple[Gains, Gains, Gains] = (
+OF_MANY: tuple[Gains, Gains, Gains] = (
     ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87)),  # square
     (
         (1.05, 0.9),
@@ -48,7 +51,7 @@ BY_INPUTS: tuple[Gains, Gains, Gains] = (
     ),  # tall, where the inputs tie the rows
     ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79)),  # tall
 )
-WEIGHED: tuple[Gains, Gains, Gains] = (  # with gradients in the metric
+OF_FEW: tuple[Gains, Gains, Gains] = (  # where gradients span few directions
     ((1.05, 0.9), (1.5, 0.7), (12.0, 0.76), (60.0, 0.9)),
     ((1.05, 0.9), (1.5, 0.68), (12.0, 0.66), (60.0, 0.8)),
     ((1.05, 0.9), (1.5, 0.6), (12.0, 0.6), (60.0, 0.75)),
@@ -67,10 +70,9 @@ class DenseSparse(FactorizingPass):
     b and s of every selected weight, in place of a budget (ratio is then not used); give both, with blocks. groups: the atoms of a
     block are cut into so many groups, in each of which a row keeps s: 1 lets a row choose freely, b / g with s = 1 makes it choose one
     of every g, which costs less to index; it goes with atoms and must divide them. blocks: blocks of
-    columns, each with a basis of its own; it must divide every selected weight; None takes 1, or 4 for square
-    weights without sensitivity. orientation: which side the sparse rows run along: "rows" those of W,
-    "columns" those of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and
-    support updates.
+    columns, each with a basis of its own; it must divide every selected weight; None takes 1, or 4 for square weights, unless
+    gradients span few directions there. orientation: which side the sparse rows run along: "rows" those of W, "columns" those
+    of its transpose, "auto" the longer one. sweeps: rounds of alternating least squares and support updates.
 
     Where we differ from the paper: post-training and data-aware (its learned variant is another pass),
     supports are priced and stored at their entropy, and the budget is shared out over layers.
@@ -155,7 +157,8 @@ class DenseSparse(FactorizingPass):
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
         """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
-        form = self._form(*layer.weight.shape)
+        few = layer.outputs is not None and layer.outputs.effective_rank <= FEW
+        form = self._form(*layer.weight.shape, few=few and self.atoms is None)
         if self.atoms is not None and self.nonzeros is not None:
             shape = {
                 "blocks": form.blocks,
@@ -216,12 +219,13 @@ class DenseSparse(FactorizingPass):
             yield _Tried(ratio=ratio, rank=rank, shape=shape if 1 < nonzeros < atoms else None)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        form = self._form(spec.rows, spec.cols)
-        for tried in self._tried(form, (self.value_bits or spec.matrices["weight"].bits) / 8):
-            if tried.rank:
-                yield spec.as_product(atoms=tried.rank)
-            if tried.shape:
-                yield spec.as_product(**tried.shape, transposed=form.turned)
+        for few in (False, True) if self.data_aware and self.sensitivity else (False,):
+            form = self._form(spec.rows, spec.cols, few=few)
+            for tried in self._tried(form, (self.value_bits or spec.matrices["weight"].bits) / 8):
+                if tried.rank:
+                    yield spec.as_product(atoms=tried.rank)
+                if tried.shape:
+                    yield spec.as_product(**tried.shape, transposed=form.turned)
 
     def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
         if self.atoms is None:
@@ -266,20 +270,19 @@ class DenseSparse(FactorizingPass):
         )
         return low_rank, replace(choice, shape={})
 
-    def _form(self, rows: int, cols: int) -> "_Form":
-        """How a weight of this shape is factorized."""
+    def _form(self, rows: int, cols: int, *, few: bool = False) -> "_Form":
+        """How a weight of this shape is factorized. few: whether the gradients at its outputs span few directions."""
         turned = rows < cols if self.orientation == "auto" else self.orientation == "columns"
         long, wide = (cols, rows) if turned else (rows, cols)
         tall = long >= TALL * wide
-        weighed = self.data_aware and self.sensitivity
-        automatic = SQUARE_BLOCKS if not tall and not weighed and wide % SQUARE_BLOCKS == 0 else 1
-        square, tied, free = WEIGHED if weighed else BY_INPUTS
+        automatic = SQUARE_BLOCKS if not tall and not few and wide % SQUARE_BLOCKS == 0 else 1
+        square, tied, free = OF_FEW if few else OF_MANY
         return _Form(
             rows=long,
             columns=wide,
             turned=turned,
             blocks=self.blocks or automatic,
-            density=WEIGHED_DENSITY if weighed else DENSITY,
+            density=FEW_DENSITY if few else DENSITY,
             gains=square if not tall else tied if turned and self.data_aware else free,
         )
 
