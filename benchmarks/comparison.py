@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import exp, hypot, inf, log, sqrt
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -20,6 +20,7 @@ from stackcomp.studies import Entry, Study
 from stackcomp.studies.rows import Row
 
 Asked = tuple[str, float | None]  # a method and its ratio
+Figure = Literal["score", "nearness"]  # of a row: the second is -log of the error of its outputs
 DENSE: Asked = ("dense", None)
 DRAWS = 1000  # of pairs of task and seed, for an interval
 
@@ -212,37 +213,45 @@ class Comparison:
             return Curve(points=())
         return Curve(points=sorted((cell.mean("layer_compression"), cell.score.value) for cell in cells))
 
-    def shared(self, methods: Sequence[str]) -> list[tuple[str, int]]:
-        """The pairs of task and seed for which all these methods have rows at all their ratios."""
-        found = [set(self._points(method, ratio)) for method in methods for ratio in self._asked(method)]
+    def shared(self, methods: Sequence[str], figure: Figure = "score") -> list[tuple[str, int]]:
+        """The pairs of task and seed for which all these methods have the figure at all their ratios."""
+        found = [
+            set(self._points(method, ratio, figure)) for method in methods for ratio in self._asked(method)
+        ]
         return sorted(set.intersection(*found))
 
-    def mean_curve(self, method: str, pairs: Sequence[tuple[str, int]]) -> Curve:
+    def mean_curve(self, method: str, pairs: Sequence[tuple[str, int]], figure: Figure = "score") -> Curve:
         """The means over tasks of the means over seeds, of these pairs of task and seed, which may repeat."""
         counts = Counter(task for task, _ in pairs)
         weights = [1 / (len(counts) * counts[task]) for task, _ in pairs]
         if not pairs:
             return Curve(points=())
-        found = [self._points(method, ratio) for ratio in self._asked(method)]
+        found = [self._points(method, ratio, figure) for ratio in self._asked(method)]
         means = [np.average([points[pair] for pair in pairs], axis=0, weights=weights) for points in found]
-        return Curve(points=sorted((float(compression), float(score)) for compression, score in means))
+        return Curve(points=sorted((float(compression), float(value)) for compression, value in means))
 
     def _asked(self, method: str) -> list[float]:
         """The ratios at which a method is to run."""
         return [ratio for ratio in self.ratios if method in self.methods(ratio)]
 
-    def _points(self, method: str, ratio: float | None) -> dict[tuple[str, int], tuple[float, float]]:
-        """Encoder compression and score by task and seed."""
-        return self._table.get((method, ratio), {})
+    def _points(
+        self, method: str, ratio: float | None, figure: Figure = "score"
+    ) -> dict[tuple[str, int], tuple[float, float]]:
+        """Encoder compression and a figure by task and seed."""
+        return self._table.get((method, ratio, figure), {})
 
     @cached_property
-    def _table(self) -> dict[Asked, dict[tuple[str, int], tuple[float, float]]]:
-        """The same by method and ratio."""
-        found: dict[Asked, dict[tuple[str, int], tuple[float, float]]] = {}
+    def _table(self) -> dict[tuple[str, float | None, Figure], dict[tuple[str, int], tuple[float, float]]]:
+        """The same by method, ratio and figure."""
+        found: dict[tuple[str, float | None, Figure], dict[tuple[str, int], tuple[float, float]]] = {}
         for row in self.finished:
-            labels = row["labels"]
-            points = found.setdefault(self._place(labels)[1:], {})
-            points[labels["task"], row["seed"]] = (row["layer_compression"], row["score"])
+            _, method, ratio = self._place(row["labels"])
+            figures: dict[Figure, float] = {"score": row["score"]}
+            if row["output_error"]:
+                figures["nearness"] = -log(row["output_error"])
+            for figure, value in figures.items():
+                points = found.setdefault((method, ratio, figure), {})
+                points[row["labels"]["task"], row["seed"]] = (row["layer_compression"], value)
         return found
 
     def _place(self, labels: Mapping[str, Any]) -> tuple[str, str, float | None]:
@@ -280,12 +289,15 @@ def at_equal_score(first: Curve, second: Curve, *, lowest: bool = False) -> Rati
     return Ratio(value=first.compression(score) / second.compression(score), score=score)
 
 
-def at_equal_mean(found: Comparison, first: str, second: str, *, lowest: bool = False) -> Equal:
-    """Compression of the method `first` over that of `second` at equal mean score over the tasks (see `at_equal_score`)."""
-    pairs = found.shared([first, second])
+def at_equal_mean(
+    found: Comparison, first: str, second: str, *, figure: Figure = "score", lowest: bool = False
+) -> Equal:
+    """Compression of the method `first` over that of `second` at equal mean score over the tasks, or mean of another figure (see
+    `at_equal_score`)."""
+    pairs = found.shared([first, second], figure)
 
     def ratio(drawn: Sequence[tuple[str, int]]) -> Ratio:
-        curves = found.mean_curve(first, drawn), found.mean_curve(second, drawn)
+        curves = found.mean_curve(first, drawn, figure), found.mean_curve(second, drawn, figure)
         return at_equal_score(*curves, lowest=lowest)
 
     chance = np.random.default_rng(0)

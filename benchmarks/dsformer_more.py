@@ -18,8 +18,7 @@ brackets: the score less that of the recipe."""
 METRICS = """\
 A factorization keeps small the errors of the weight itself, of the layer's outputs (*inputs*), or of what the model says (*inputs and
 gradients*, no label read; this is what `DenseSparse` and `LowRank` do unless told otherwise, while the tables above have *inputs*, as
-published methods do). STS-B, one seed. Nothing is trained, but where it says *distilled* or STF: those have the steps of the tables, at
-half of their rates."""
+published methods do, but for the lines that say *gradients*). STS-B, one seed. Nothing is trained."""
 
 DECODER = """\
 SmolLM2-135M after factorizing alone: no gradient step, the same calibration text and the same bytes for both. Figures are perplexities

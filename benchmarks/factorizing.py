@@ -30,7 +30,6 @@ class Shape(TypedDict):
 
 SWEEPS = 6  # the default of the pass
 PAPER = Shape(blocks=12, atoms=32, nonzeros=8)
-AUTO = {"square": 4, "tall": 1}  # blocks
 RATIO = 2.8
 ONE_BLOCK = Shape(blocks=1, atoms=192, nonzeros=24)
 PASSES = (1, 5)  # of scikit-learn over the rows of a block
@@ -74,12 +73,12 @@ def whole_model(parts: "Mapping[str, Sequence[Tensor]]", layers: int = 12) -> "I
 def automatic(rows: int, columns: int) -> Shape:
     """The shape that the pass would take for all layers at RATIO."""
     from stackcomp import ops
-    from stackcomp.passes.dense_sparse import DENSITY
+    from stackcomp.passes.dense_sparse import MANY
 
     long, wide = max(rows, columns), min(rows, columns)
-    blocks = AUTO["square" if rows == columns else "tall"]
+    blocks = MANY.blocks if rows == columns else 1
     atoms, nonzeros = ops.shape_of_size(
-        long, wide, size_bytes=4 * rows * columns / RATIO, density=DENSITY, blocks=blocks
+        long, wide, size_bytes=4 * rows * columns / RATIO, density=MANY.density, blocks=blocks
     )
     return Shape(blocks=blocks, atoms=atoms, nonzeros=nonzeros)
 

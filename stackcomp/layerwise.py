@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from stackcomp import data, nn, ops
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)  # a part of a low-rank weight
-LOCAL_SPREAD = 1.3  # where an error is that of a layer's own outputs
+FEW_DIRECTIONS = 20.0  # effective rank of the gradients at a layer's outputs up to which they span few, as those of a classifier do
+LOCAL_SPREAD, MANY_SPREAD = (
+    1.3,
+    2.0,
+)  # where an error is that of a layer's own outputs, and where gradients span many directions
 SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers well with fewer texts
 
 
@@ -66,6 +71,18 @@ class Layer(Metric):
     def error(self, factors: "DenseSparseFactors") -> float:
         """What the factors leave of the weight, in its metric."""
         return ops.metric_error(self.weight - factors.product(), inputs=self.inputs, outputs=self.outputs)
+
+    @property
+    def few_directions(self) -> bool:
+        """Whether the gradients at its outputs span few directions: then the metric is sharp."""
+        return self.outputs is not None and self.outputs.effective_rank <= FEW_DIRECTIONS
+
+    @property
+    def spread(self) -> float:
+        """How far its ratio may be from that of all layers, as a factor, where the pass does not say."""
+        if self.outputs is None:
+            return LOCAL_SPREAD
+        return inf if self.few_directions else MANY_SPREAD
 
     @cached_property
     def scale(self) -> float:
@@ -123,11 +140,11 @@ class FactorizingPass(Pass):
     of its weights; sensitivity: weigh these outputs by what the model's own output makes of them (gradients,
     but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
     added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
-    of at least 1: 1 gives every layer the same ratio (nothing is shared out); None sets no limit where gradients say what an error does to
-    the model's output, and 1.3 where it is local, as a layer it calls cheap may not be; value_bits: bits that a value will take in
-    the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32): the ratio then
-    counts these bytes, of the dense weight too, so that indices have their true share, and dense-sparse factors are made to be rounded;
-    None: bits as they are.
+    of at least 1: 1 gives every layer the same ratio (nothing is shared out); None takes 1.3 without sensitivity, where errors are
+    local and a layer that they call cheap may not be, 2 with it, and sets no limit to a layer whose gradients span few directions;
+    value_bits: bits that a value will take in the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32):
+    the ratio then counts these bytes, of the dense weight too, so that indices have their true share, and dense-sparse factors are
+    made to be rounded; None: bits as they are.
     """
 
     ratio: float = 2.0
@@ -250,17 +267,14 @@ class FactorizingPass(Pass):
     ) -> "dict[str, list[Candidate]]":
         """The candidates whose own ratio is within `spread` of the ratio of all; a layer that has none is
         left dense. All candidates where no budget can be kept so."""
-        if self.spread is None and self.data_aware and self.sensitivity:
-            return candidates
-        spread = self.spread or LOCAL_SPREAD
-        if spread == 1.0:
+        if self.spread == 1.0:
             return self._even(candidates, layers, budget)
-        low, high = self.ratio / spread, self.ratio * spread
-        near = {
-            id_: [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
-            or options[:1]
-            for id_, options in candidates.items()
-        }
+        near: dict[str, list[Candidate]] = {}
+        for id_, options in candidates.items():
+            spread = self.spread or layers[id_].spread
+            low, high = self.ratio / spread, self.ratio * spread
+            kept = [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
+            near[id_] = kept or options[:1]
         least = sum(min(option.size_bytes for option in options) for options in near.values())
         return near if least <= budget else candidates
 

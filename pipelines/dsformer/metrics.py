@@ -3,14 +3,14 @@ inputs), or of what the model says (that of its inputs and of the gradients at i
 
     stackcomp study pipelines/dsformer/metrics.py
 
-Dense-sparse and low rank in each, without a step of training, and in the last one after the recovery of the table as well, with half of
-its rates, as the start is nearer. STS-B, one seed. Rows in docs/results/metrics.jsonl.
+Dense-sparse and low rank in each, without a step of training: trained ones are in table.py. STS-B, one seed. Rows in
+docs/results/metrics.jsonl.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recipes import BLOCKS, BUDGETS, FROZEN, RATE, WEIGHED_RATE, entry, stf, tuned
+from recipes import BLOCKS, entry, tuned
 
 import stackcomp as sc
 
@@ -20,23 +20,14 @@ METRICS: Mapping[str, Mapping[str, Any]] = {
     "inputs": {"samples": 1024, "sensitivity": False},
     "weights": {"data_aware": False},
 }
-TRAINED = "inputs and gradients"
 
 
 def methods(ratio: float) -> Iterator[tuple[str, sc.Pipeline]]:
-    """Every method at a ratio, those that are trained first."""
-    budget = BUDGETS["stsb"]
-    recovery = sc.Distill(**budget.learning | {"learning_rate": RATE / 2}, skip=FROZEN)
+    """Both factorizations at a ratio, in every metric."""
     for metric, settings in METRICS.items():
-        low_rank = sc.LowRank(ratio=ratio, only=BLOCKS, **settings)
+        yield f"low rank, {metric}", sc.Pipeline(sc.LowRank(ratio=ratio, only=BLOCKS, **settings))
         dense_sparse = sc.DenseSparse(ratio=ratio, only=BLOCKS, sweeps=12, **settings)
-        yield f"low rank, {metric}", sc.Pipeline(low_rank)
         yield f"dense-sparse, {metric}", sc.Pipeline(dense_sparse)
-        if metric == TRAINED:
-            learned = stf(budget, learning_rate=WEIGHED_RATE, sensitivity=True)
-            yield f"low rank, {metric}, distilled", sc.Pipeline(low_rank, recovery)
-            yield f"dense-sparse, {metric}, distilled", sc.Pipeline(dense_sparse, recovery)
-            yield f"STF, {metric}", sc.Pipeline(dense_sparse, learned)
 
 
 def entries() -> Iterator[sc.Entry]:

@@ -23,38 +23,41 @@ if TYPE_CHECKING:
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR)
 DENSE, SPARSE = FACTOR | {Fact.DENSE}, FACTOR | {Fact.SPARSE}
 
-RATIOS = tuple(
-    1.05 * (12 / 1.05) ** (step / 39) for step in range(65)
-)  # of one layer, whatever the ratio of all: 1.05 to 57
-DENSITY = 0.22  # of sparse factors: where the error of MiniLM-L6's layers is least, whatever the bytes and the width of values,
-SQUARE_BLOCKS = 4  # for weights that are not much longer than wide; tall ones share one basis
-FEW, FEW_DENSITY = (
-    20.0,
-    0.4,
-)  # where gradients span so few directions, as those of a classifier do, denser rows and one basis are better
+# of one layer, whatever the ratio of all: 1.05 to 57
+RATIOS = tuple(1.05 * (12 / 1.05) ** (step / 39) for step in range(65))
 TALL = 2.0  # longer side over shorter, from which a weight counts as tall
 
 Gains = tuple[tuple[float, float], ...]
 """The error over that of low rank at equal bytes, by the layer's own ratio: means over layers of MiniLM-L6. They rank candidates; the error
 that results is the solver's own."""
 
-OF_MANY: tuple[Gains, Gains, Gains] = (
-    ((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87)),  # square
-    (
-        (1.05, 0.9),
-        (1.1, 0.66),
-        (1.5, 0.4),
-        (2.0, 0.4),
-        (3.6, 0.47),
-        (7.0, 0.61),
-        (12.0, 0.7),
-    ),  # tall, where the inputs tie the rows
-    ((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79)),  # tall
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """What leaves the least error on layers of MiniLM-L6, whatever the bytes and the width of values: the share of a row's atoms that it
+    keeps, and the blocks of a square weight; a tall one has one. The gains then: of square weights, of tall ones, and of tall ones whose
+    rows the metric of the inputs ties together."""
+
+    density: float
+    blocks: int
+    square: Gains
+    tall: Gains
+    tied: Gains
+
+
+MANY = Shaping(  # directions that matter: without gradients in the metric, too
+    density=0.22,
+    blocks=4,
+    square=((1.05, 0.9), (1.1, 0.5), (1.5, 0.45), (2.0, 0.5), (3.6, 0.61), (7.0, 0.74), (12.0, 0.87)),
+    tall=((1.05, 0.9), (1.1, 0.6), (1.5, 0.36), (2.0, 0.4), (3.6, 0.54), (7.0, 0.69), (12.0, 0.79)),
+    tied=((1.05, 0.9), (1.1, 0.66), (1.5, 0.4), (2.0, 0.4), (3.6, 0.47), (7.0, 0.61), (12.0, 0.7)),
 )
-OF_FEW: tuple[Gains, Gains, Gains] = (  # where gradients span few directions
-    ((1.05, 0.9), (1.5, 0.7), (12.0, 0.76), (60.0, 0.9)),
-    ((1.05, 0.9), (1.5, 0.68), (12.0, 0.66), (60.0, 0.8)),
-    ((1.05, 0.9), (1.5, 0.6), (12.0, 0.6), (60.0, 0.75)),
+FEW = Shaping(
+    density=0.4,
+    blocks=1,
+    square=((1.05, 0.9), (1.5, 0.7), (12.0, 0.76), (60.0, 0.9)),
+    tall=((1.05, 0.9), (1.5, 0.6), (12.0, 0.6), (60.0, 0.75)),
+    tied=((1.05, 0.9), (1.5, 0.68), (12.0, 0.66), (60.0, 0.8)),
 )
 
 
@@ -157,8 +160,8 @@ class DenseSparse(FactorizingPass):
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
         """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
-        few = layer.outputs is not None and layer.outputs.effective_rank <= FEW
-        form = self._form(*layer.weight.shape, few=few and self.atoms is None)
+        few = layer.few_directions and self.atoms is None
+        form = self._form(*layer.weight.shape, shaping=FEW if few else MANY)
         if self.atoms is not None and self.nonzeros is not None:
             shape = {
                 "blocks": form.blocks,
@@ -219,8 +222,8 @@ class DenseSparse(FactorizingPass):
             yield _Tried(ratio=ratio, rank=rank, shape=shape if 1 < nonzeros < atoms else None)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        for few in (False, True) if self.data_aware and self.sensitivity else (False,):
-            form = self._form(spec.rows, spec.cols, few=few)
+        for shaping in (MANY, FEW) if self.data_aware and self.sensitivity else (MANY,):
+            form = self._form(spec.rows, spec.cols, shaping=shaping)
             for tried in self._tried(form, (self.value_bits or spec.matrices["weight"].bits) / 8):
                 if tried.rank:
                     yield spec.as_product(atoms=tried.rank)
@@ -270,20 +273,20 @@ class DenseSparse(FactorizingPass):
         )
         return low_rank, replace(choice, shape={})
 
-    def _form(self, rows: int, cols: int, *, few: bool = False) -> "_Form":
-        """How a weight of this shape is factorized. few: whether the gradients at its outputs span few directions."""
+    def _form(self, rows: int, cols: int, *, shaping: Shaping = MANY) -> "_Form":
+        """How a weight of this shape is factorized."""
         turned = rows < cols if self.orientation == "auto" else self.orientation == "columns"
         long, wide = (cols, rows) if turned else (rows, cols)
         tall = long >= TALL * wide
-        automatic = SQUARE_BLOCKS if not tall and not few and wide % SQUARE_BLOCKS == 0 else 1
-        square, tied, free = OF_FEW if few else OF_MANY
+        automatic = shaping.blocks if not tall and wide % shaping.blocks == 0 else 1
+        tall_gains = shaping.tied if turned and self.data_aware else shaping.tall
         return _Form(
             rows=long,
             columns=wide,
             turned=turned,
             blocks=self.blocks or automatic,
-            density=FEW_DENSITY if few else DENSITY,
-            gains=square if not tall else tied if turned and self.data_aware else free,
+            density=shaping.density,
+            gains=tall_gains if tall else shaping.square,
         )
 
 

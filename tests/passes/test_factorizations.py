@@ -153,6 +153,44 @@ def test_dense_sparse_is_never_worse_than_low_rank_of_as_many_bytes(tokenizer, t
     assert "nonzeros" in factorized(64)[0]
 
 
+def test_a_layer_may_be_as_small_as_its_errors_allow_where_they_reach_the_output(
+    tokenizer, tmp_path, monkeypatch
+):
+    """A layer that hardly matters to the model's output is made much smaller where the metric is sharp, some where it tells at all, and
+    little where errors are its own."""
+    id_ = "encoder.layer.0.intermediate.dense"
+
+    def smaller(**settings: object) -> float:
+        model = toys.bert_classifier()
+        with torch.no_grad():
+            nn.weights(model)["encoder.layer.0.output.dense"].modules[0].weight.mul_(1e-3)
+        findings = apply(sc.LowRank(ratio=2.0, only=BLOCKS, **settings), model, tokenizer, tmp_path)
+        return float(findings["layers"][id_].rpartition(", ")[2].rstrip("x"))
+
+    assert smaller() > 4.0
+    assert smaller(spread=1.5) <= 3.0
+    assert smaller(sensitivity=False) <= 2.6
+    monkeypatch.setattr("stackcomp.layerwise.FEW_DIRECTIONS", 0.0)
+    assert 2.6 < smaller() <= 4.0
+    assert smaller(spread=100.0) > 4.0
+
+
+def test_square_weights_take_one_basis_where_gradients_span_few_directions(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("stackcomp.passes.dense_sparse._interpolated", lambda gains, ratio: 0.01)
+    id_ = "encoder.layer.0.attention.self.query"
+
+    def shape(**settings: object) -> str:
+        model = toys.make("bert", hidden_size=64, intermediate_size=128)
+        step = sc.DenseSparse(ratio=1.6, only=id_, sweeps=1, value_bits=32, **settings)
+        return apply(step, model, tokenizer, tmp_path)["layers"][id_]
+
+    assert "'blocks': 1" in shape()
+    assert "'blocks': 2" in shape(blocks=2)
+    assert "'blocks': 4" in shape(sensitivity=False)
+    monkeypatch.setattr("stackcomp.layerwise.FEW_DIRECTIONS", 0.0)
+    assert "'blocks': 4" in shape()
+
+
 def test_the_bias_takes_up_the_mean_error(model, tokenizer, tmp_path):
     """On the calibration text the mean output of a compressed layer is that of the dense one."""
     id_ = "encoder.layer.0.intermediate.dense"
