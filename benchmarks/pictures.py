@@ -123,13 +123,13 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
     from matplotlib.figure import Figure
 
     with rc_context(_look(13)):
-        figure = Figure(figsize=(14, 12), layout="constrained")
+        figure = Figure(figsize=(16, 12), layout="constrained")
         grid = figure.subplots(2, (len(found.tasks) + 1) // 2, squeeze=False).flat
         for axes, task in zip(grid, found.tasks, strict=False):
             _panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
         figure.supxlabel(
-            "encoder compression, every index counted (log scale), and bytes of encoder and file\n"
+            "encoder compression, every index counted (log scale), and below it megabytes of encoder and file\n"
             "points: mean distance to the dense model of the same seed; grey: 95% interval of the dense score"
         )
         return _svg(figure)
@@ -162,8 +162,10 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
     gap = (max(heights) - min(heights) or 1.0) / 16
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
     axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
-    axes.hlines(dense.value, 1.95, 3.65, color="0.2", linewidth=1.5)
-    left = [_Label(f"dense {dense.value:.1f} ± {dense.half:.1f}", "0.2", (1.95, dense.value))]
+    ticks = sorted({row["labels"]["ratio"] for row in rows if row["labels"]["method"] != DENSE[0]})
+    start, end = ticks[0] / 1.03, ticks[-1] * 1.03
+    axes.hlines(dense.value, start, end, color="0.2", linewidth=1.5)
+    left = [_Label(f"dense {dense.value:.1f} ± {dense.half:.1f}", "0.2", (start, dense.value))]
     right: list[_Label] = []
     for method, points in drawn.items():
         name, colour, marker, line = _METHODS[method]
@@ -180,15 +182,15 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
         low = [f"{score:.1f}" for _, score in points if score < floor]
         below = f" {', '.join(low)} ↓" if low else ""
         (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
-    _write(axes, left, 1.9, gap, "right")
-    _write(axes, right, 3.75, gap, "left")
-    ticks = sorted(found.ratios)
+    _write(axes, left, start / 1.03, gap, "right")
+    _write(axes, right, end * 1.03, gap, "left")
     some = next(row for row in rows if row["layer_compression"])
     encoder, file = some["layer_bytes"] * some["layer_compression"], some["size_bytes"] * some["compression"]
     sizes = {tick: (encoder / tick / 1e6, (file - encoder + encoder / tick) / 1e6) for tick in ticks}
-    named = {tick: f"{tick:g}x\n{mine:.1f} MB\nfile {whole:.0f} MB" for tick, (mine, whole) in sizes.items()}
+    named = {tick: f"{tick:g}x\n{mine:.0f}\n{whole:.0f}" for tick, (mine, whole) in sizes.items()}
     _logarithmic(axes, named)
-    axes.set_xlim(1.22, 5.4)
+    beside = (ticks[-1] / ticks[0]) ** 0.9  # room for labels
+    axes.set_xlim(start / beside, end * beside)
     axes.set_ylabel(some["metric"])
 
 
@@ -304,6 +306,7 @@ def _write(axes: "Axes", labels: Sequence[_Label], place: float, gap: float, ali
     order = sorted(labels, key=lambda label: label.point[1])
     rooms = [gap * (1 + label.words.count("\n")) for label in order]
     heights = _apart([label.point[1] for label in order], rooms)
+    axes.set_ylim(bottom=min(axes.get_ylim()[0], heights[0] - gap if heights else inf))
     for label, height in zip(order, heights, strict=True):
         axes.annotate(
             label.words,
