@@ -247,7 +247,7 @@ class Comparison:
         for row in self.finished:
             _, method, ratio = self._place(row["labels"])
             figures: dict[Figure, float] = {"score": row["score"]}
-            if row["output_error"]:
+            if row.get("output_error"):  # rows of the first version have none
                 figures["nearness"] = -log(row["output_error"])
             for figure, value in figures.items():
                 points = found.setdefault((method, ratio, figure), {})

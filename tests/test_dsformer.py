@@ -320,6 +320,10 @@ def test_the_mean_over_tasks_rests_on_what_both_have():
     assert lowest.value == pytest.approx(3.57 / 3.57 ** (1 / 1.5))
     near = comparison.at_equal_mean(some, "STF", "data-aware SVD", figure="nearness")
     assert (near.ratio.value, near.count) == (pytest.approx(1.5), found.count)
+    old = Comparison(study=STUDY, rows=[{**one, "output_error": None} for one in some.rows])
+    assert (
+        comparison.at_equal_mean(old, "STF", "data-aware SVD", figure="nearness").ratio.why == "not run yet"
+    )
     assert (
         "At equal error of the outputs, which needs no loss of score: **1.50** (at an error of 0.033, "
         in ("\n".join(dsformer._against_low_rank(some)))
