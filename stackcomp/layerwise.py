@@ -8,10 +8,11 @@ methods, is shared. Methods that are published without a budget share a simpler 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
+from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from stackcomp import data, nn, ops
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 
 FACTOR = facts(Fact.FLOAT, Fact.TRAINABLE, Fact.FACTOR, Fact.DENSE)  # a part of a low-rank weight
 FEW_DIRECTIONS = 20.0  # effective rank of the gradients at a layer's outputs up to which they span few, as those of a classifier do
-LOCAL_SPREAD, MANY_SPREAD = (
-    1.3,
-    2.0,
-)  # where an error is that of a layer's own outputs, and where gradients span many directions
+LOCAL_SPREAD = 1.3  # where an error is that of a layer's own outputs
+MANY_SPREAD = 2.0  # where it is that of the model's output, and gradients span many directions
 SENSITIVITY_TEXTS = 1024  # gradients cost more than inputs, and rank layers well with fewer texts
 
 
@@ -76,13 +75,6 @@ class Layer(Metric):
     def few_directions(self) -> bool:
         """Whether the gradients at its outputs span few directions: then the metric is sharp."""
         return self.outputs is not None and self.outputs.effective_rank <= FEW_DIRECTIONS
-
-    @property
-    def spread(self) -> float:
-        """How far its ratio may be from that of all layers, as a factor, where the pass does not say."""
-        if self.outputs is None:
-            return LOCAL_SPREAD
-        return inf if self.few_directions else MANY_SPREAD
 
     @cached_property
     def scale(self) -> float:
@@ -141,7 +133,7 @@ class FactorizingPass(Pass):
     but no labels and no training); samples: calibration texts; damping: share of the mean diagonal that is
     added to a moment of inputs; spread: how far the ratio of one layer may be from that of all, as a factor
     of at least 1: 1 gives every layer the same ratio (nothing is shared out); None takes 1.3 without sensitivity, where errors are
-    local and a layer that they call cheap may not be, 2 with it, and sets no limit to a layer whose gradients span few directions;
+    local and a layer that they call cheap may not be, 2 with it, and no limit where the gradients at most layers span few directions;
     value_bits: bits that a value will take in the end, scales included, where a later pass rounds it (4.5 for 4 bits in groups of 32):
     the ratio then counts these bytes, of the dense weight too, so that indices have their true share, and dense-sparse factors are
     made to be rounded; None: bits as they are.
@@ -269,10 +261,10 @@ class FactorizingPass(Pass):
         left dense. All candidates where no budget can be kept so."""
         if self.spread == 1.0:
             return self._even(candidates, layers, budget)
+        spread = self.spread or _spread(layers.values())
+        low, high = self.ratio / spread, self.ratio * spread
         near: dict[str, list[Candidate]] = {}
         for id_, options in candidates.items():
-            spread = self.spread or layers[id_].spread
-            low, high = self.ratio / spread, self.ratio * spread
             kept = [option for option in options if low <= layers[id_].size_bytes / option.size_bytes <= high]
             near[id_] = kept or options[:1]
         least = sum(min(option.size_bytes for option in options) for options in near.values())
@@ -378,6 +370,14 @@ class WeightedSVDPass(Pass):
                 for id_, rank in ranks.items()
             }
         }
+
+
+def _spread(layers: Iterable[Layer]) -> float:
+    """How far the ratio of one of these layers may be from that of all, as a factor, where the pass does not say."""
+    ranks = [layer.outputs.effective_rank for layer in layers if layer.outputs is not None]
+    if not ranks:
+        return LOCAL_SPREAD
+    return inf if median(ranks) <= FEW_DIRECTIONS else MANY_SPREAD
 
 
 def _replace(model: "PreTrainedModel", id_: str, layer: Layer, factors: "DenseSparseFactors") -> None:
