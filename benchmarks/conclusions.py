@@ -72,18 +72,25 @@ def _combined(results: Results) -> Iterator[str]:
 
 
 def _factors(results: Results, compared: Comparison) -> Iterator[str]:
-    best: dict[tuple[float, bool], float] = {}
+    best: dict[tuple[float, bool], tuple[float, float]] = {}  # score, and what it really takes
     for row in results["stsb"]:
         if not row["int8"] and row["ratio"] > 1:
             place = row["ratio"], row["method"] == "DenseSparse"
-            best[place] = max(row["score"], best.get(place, row["score"]))
+            point = row["score"], row["layer_compression"]
+            best[place] = max(point, best.get(place, point))
     gaps = [
-        score - best[ratio, False] for (ratio, ours), score in best.items() if ours and (ratio, False) in best
+        score - best[ratio, False][0]
+        for (ratio, ours), (score, _) in best.items()
+        if ours and (ratio, False) in best
     ]
     if gaps:
         verdict = "holds more than" if min(gaps) > 0 else "does not always hold more than"
         curves = [
-            Curve(points=sorted((ratio, score) for (ratio, mine), score in best.items() if mine is ours))
+            Curve(
+                points=sorted(
+                    (compression, score) for (_, mine), (score, compression) in best.items() if mine is ours
+                )
+            )
             for ours in (True, False)
         ]
         equal = at_equal_score(*curves)

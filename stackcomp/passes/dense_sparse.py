@@ -160,17 +160,10 @@ class DenseSparse(FactorizingPass):
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
         """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
-        few = layer.few_directions and self.atoms is None
-        form = self._form(*layer.weight.shape, shaping=FEW if few else MANY)
-        if self.atoms is not None and self.nonzeros is not None:
-            shape = {
-                "blocks": form.blocks,
-                "atoms": self.atoms,
-                "nonzeros": self.nonzeros,
-                "groups": self.groups,
-            }
-            size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **shape)
-            return [ops.Candidate(size_bytes=size, error=0.0, choice=_Choice(shape=shape))]
+        form = self._form(*layer.weight.shape, shaping=FEW if layer.few_directions else MANY)
+        if asked := self._asked(*layer.weight.shape):
+            size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **asked)
+            return [ops.Candidate(size_bytes=size, error=0.0, choice=_Choice(shape=asked))]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
         tries = list(self._tried(form, layer.value_bytes))
         low_rank = [
@@ -205,6 +198,13 @@ class DenseSparse(FactorizingPass):
                 sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
         return [*low_rank, *sparse]
 
+    def _asked(self, rows: int, cols: int) -> dict[str, int] | None:
+        """The one shape that was asked for, if any."""
+        if self.atoms is None or self.nonzeros is None:
+            return None
+        blocks = self._form(rows, cols).blocks
+        return {"blocks": blocks, "atoms": self.atoms, "nonzeros": self.nonzeros, "groups": self.groups}
+
     def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
         """The ratios at which a weight is priced, and what has about that size."""
         for ratio in RATIOS:
@@ -231,17 +231,10 @@ class DenseSparse(FactorizingPass):
                     yield spec.as_product(**tried.shape, transposed=form.turned)
 
     def stores(self, spec: WeightSpec) -> tuple[WeightSpec, ...]:
-        if self.atoms is None:
+        if not (asked := self._asked(spec.rows, spec.cols)):
             return super().stores(spec)
-        form = self._form(spec.rows, spec.cols)
-        asked = spec.as_product(
-            atoms=self.atoms,
-            nonzeros=self.nonzeros,
-            groups=self.groups,
-            blocks=form.blocks,
-            transposed=form.turned,
-        )
-        return (asked if self.counted(asked) < self.counted(spec) else spec,)
+        stored = spec.as_product(**asked, transposed=self._form(spec.rows, spec.cols).turned)
+        return (stored if self.counted(stored) < self.counted(spec) else spec,)
 
     def budget(self, specs: Sequence[WeightSpec]) -> float | None:
         return None if self.atoms else super().budget(specs)
