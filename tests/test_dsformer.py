@@ -240,8 +240,8 @@ def test_a_complete_study():
         )
     assert "PICTURE" in page
     tables = page.split("### Encoder at ")[1:]
-    assert [text.partition("x\n")[0] for text in tables] == ["2.8", "2", "3.57", "6"]
-    assert [text.count(" (3) |") for text in tables] == [42, 16, 30, 14]
+    assert [text.partition("x\n")[0] for text in tables] == ["2.8", "2", "3.57", "6", "10"]
+    assert [text.count(" (3) |") for text in tables] == [42, 16, 30, 14, 14]
     assert tables[0].index("| dense |") < tables[0].index("| DSFormer (STF) |")
     for entry in STUDY.entries:
         assert entry.key in page
@@ -259,7 +259,7 @@ def test_a_partial_study_says_what_is_missing():
     assert "| - | -0." in line(block, "| DSFormer (STF) |")  # no mean of tasks that did not all run
     assert "1 of 12 |" in line(block, "| DSFormer (STF) |")
     assert "MRPC: not run yet." in page
-    assert page.rstrip().endswith("sst2/conventional/2/2\nsst2/data-aware SVD/2/2</pre></details>")
+    assert page.rstrip().endswith("sst2/STF, gradients/10/2\nsst2/data-aware SVD, gradients/10/2</pre></details>")
 
 
 def test_what_is_worse_is_printed_as_worse_and_noise_as_noise():

@@ -23,7 +23,7 @@ RATE = 2e-4
 NEAR_RATE = 2e-5  # of low rank and of frozen supports in that metric, where more leads away from the start
 INPUTS_RATIOS, GRADIENTS_RATIOS = (
     (2.0, 2.8, 3.57),
-    (2.8, 3.57, 6.0),
+    (2.8, 3.57, 6.0, 10.0),
 )  # of the curves in either metric: with gradients, less is lost
 PLAIN_RATIOS, ALL = (2.8, 3.57), 2.8
 REPEATED = (  # with other seeds on the large tasks, too
