@@ -230,6 +230,16 @@ class Comparison:
         means = [np.average([points[pair] for pair in pairs], axis=0, weights=weights) for points in found]
         return Curve(points=sorted((float(compression), float(value)) for compression, value in means))
 
+    def error(self, method: str, ratio: float | None) -> float | None:
+        """The error of a method's outputs: the geometric mean over tasks of that over seeds; None where a row does not say it."""
+        points = self._points(method, ratio, "nearness")
+        if not points or points.keys() != self._points(method, ratio).keys():
+            return None
+        by_task: dict[str, list[float]] = {}
+        for (task, _), (_, nearness) in points.items():
+            by_task.setdefault(task, []).append(nearness)
+        return exp(-fmean(map(fmean, by_task.values())))
+
     def _asked(self, method: str) -> list[float]:
         """The ratios at which a method is to run."""
         return [ratio for ratio in self.ratios if method in self.methods(ratio)]

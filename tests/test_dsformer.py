@@ -107,6 +107,19 @@ def test_beside_the_dense_model_missing_seeds_are_no_merit():
     assert few.beside(found.cell("reviews", *comparison.DENSE)) == pytest.approx(84.0)
 
 
+def test_an_error_is_a_geometric_mean_in_which_tasks_weigh_the_same_and_none_is_missing():
+    errors = {"stsb": 0.01, "reviews": 0.04, "mrpc": 0.02, "sst2": 0.02}  # mean in logarithms: 0.02
+    rows = [row(entry, output_error=errors[entry.labels["task"]]) for entry in STUDY.entries]
+    found = Comparison(study=STUDY, rows=rows)
+    assert found.error("SVD", 2.8) == pytest.approx(0.02)  # three seeds on two tasks, one on the others
+    assert found.error("SVD", 6.0) is None
+    without = [one | {"output_error": None} if one["key"] == "mrpc/SVD/2.8/1" else one for one in rows]
+    lacking = Comparison(study=STUDY, rows=without)
+    assert lacking.error("SVD", 2.8) is None
+    assert "| 0.020 | 2.80x |" in line(dsformer.page(found, ""), "| SVD |")
+    assert "| - | 2.80x |" in line(dsformer.page(lacking, ""), "| SVD |")
+
+
 def test_a_difference_pairs_seeds_and_weighs_tasks_the_same():
     """SVD has three seeds on two tasks and one on the others: their losses count the same nevertheless."""
     losses = {"stsb": 1.0, "reviews": 2.0, "mrpc": 3.0, "sst2": 6.0}
@@ -259,7 +272,9 @@ def test_a_partial_study_says_what_is_missing():
     assert "| - | -0." in line(block, "| DSFormer (STF) |")  # no mean of tasks that did not all run
     assert "1 of 12 |" in line(block, "| DSFormer (STF) |")
     assert "MRPC: not run yet." in page
-    assert page.rstrip().endswith("sst2/STF, gradients/10/2\nsst2/data-aware SVD, gradients/10/2</pre></details>")
+    assert page.rstrip().endswith(
+        "sst2/STF, gradients/10/2\nsst2/data-aware SVD, gradients/10/2</pre></details>"
+    )
 
 
 def test_what_is_worse_is_printed_as_worse_and_noise_as_noise():
