@@ -222,10 +222,9 @@ class Comparison:
 
     def mean_curve(self, method: str, pairs: Sequence[tuple[str, int]], figure: Figure = "score") -> Curve:
         """The means over tasks of the means over seeds, of these pairs of task and seed, which may repeat."""
-        counts = Counter(task for task, _ in pairs)
-        weights = [1 / (len(counts) * counts[task]) for task, _ in pairs]
         if not pairs:
             return Curve(points=())
+        weights = _weights(pairs)
         found = [self._points(method, ratio, figure) for ratio in self._asked(method)]
         means = [np.average([points[pair] for pair in pairs], axis=0, weights=weights) for points in found]
         return Curve(points=sorted((float(compression), float(value)) for compression, value in means))
@@ -235,10 +234,8 @@ class Comparison:
         points = self._points(method, ratio, "nearness")
         if not points or points.keys() != self._points(method, ratio).keys():
             return None
-        by_task: dict[str, list[float]] = {}
-        for (task, _), (_, nearness) in points.items():
-            by_task.setdefault(task, []).append(nearness)
-        return exp(-fmean(map(fmean, by_task.values())))
+        nearness = [value for _, value in points.values()]
+        return exp(-np.average(nearness, weights=_weights([*points])))
 
     def _asked(self, method: str) -> list[float]:
         """The ratios at which a method is to run."""
@@ -273,6 +270,12 @@ class Comparison:
         """Rows of the two with the same seed."""
         others = {row["seed"]: row for row in self.cell(task, *second).rows}
         return [(row, others[row["seed"]]) for row in self.cell(task, *first).rows if row["seed"] in others]
+
+
+def _weights(pairs: Sequence[tuple[str, int]]) -> list[float]:
+    """Of pairs of task and seed in a mean in which every task weighs the same."""
+    counts = Counter(task for task, _ in pairs)
+    return [1 / (len(counts) * counts[task]) for task, _ in pairs]
 
 
 def _parent(row: Row) -> float:

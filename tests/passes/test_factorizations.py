@@ -1,12 +1,15 @@
 """`LowRank` and `DenseSparse` share their flow: budget, calibration, bias; what differs is which factors come out."""
 
+from math import inf
+
 import pytest
 import torch
 
 import stackcomp as sc
-from stackcomp import data, nn, ops
+from stackcomp import data, layerwise, nn, ops
 from stackcomp.core.errors import SettingError, UnreachableRatio
 from stackcomp.manager import plan_of
+from stackcomp.ops.whiten import Whitener
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -173,6 +176,18 @@ def test_a_layer_may_be_as_small_as_its_errors_allow_where_they_reach_the_output
     monkeypatch.setattr("stackcomp.layerwise.FEW_DIRECTIONS", 0.0)
     assert 2.6 < smaller() <= 4.0
     assert smaller(spread=100.0) > 4.0
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [((1, 2, 99), inf), ((1, 99, 99), 2.0), ((None, None), 1.3)])
+def test_all_layers_of_a_model_have_the_limit_of_most(ranks, limit):
+    """A layer whose gradients span many directions is as free as the rest of a classifier, and the other way round."""
+
+    def layer(rank):
+        size = torch.eye(2)
+        metric = None if rank is None else Whitener(moment=size, root=size, damping=0.0, effective_rank=rank)
+        return layerwise.Layer(weight=size, value_bytes=4, outputs=metric)
+
+    assert layerwise._spread([layer(rank) for rank in ranks]) == limit
 
 
 def test_square_weights_take_one_basis_where_gradients_span_few_directions(tokenizer, tmp_path, monkeypatch):
