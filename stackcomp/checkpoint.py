@@ -10,7 +10,7 @@ is imported, its quantizer takes that name away before any file is looked for.
 
 import json
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +135,18 @@ def is_ours(directory: str | Path) -> bool:
 def publish(source: str | Path, directory: str | Path, *, ledger: Mapping[str, Any]) -> None:
     """Copy the checkpoint `source` into `directory`, which may hold other things, with another ledger.
 
-    The manifest comes last: until then `directory` counts as no checkpoint. Each file is replaced as a whole.
+    The manifest comes last: until then `directory` counts as no checkpoint. Each file is replaced as a whole; those of a checkpoint that
+    was there go where `source` has none of the name.
     """
     verify(source)
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
+    names = sorted(manifest.read(Path(source))["files"])
+    with suppress(CheckpointError):  # none was there, or a damaged one
+        for name in set(manifest.read(place)["files"]) - {*names}:
+            (place / name).unlink(missing_ok=True)
     (place / manifest.NAME).unlink(missing_ok=True)
     sync_folder(place)
-    names = sorted(manifest.read(Path(source))["files"])
     for name in names:
         if name != LEDGER:
             copy_atomic(Path(source) / name, place / name)

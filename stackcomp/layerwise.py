@@ -56,11 +56,13 @@ class Metric:
 class Layer(Metric):
     """A weight (n x m) with the metric of its errors.
 
-    size_bytes: of the dense weight; value_bytes: of one value, as it is priced.
+    size_bytes: of the dense weight; value_bytes: of one value, as it is priced; unread: nothing that the model says depends on the
+    layer, as gradients tell.
     """
 
     weight: "torch.Tensor"
     value_bytes: float
+    unread: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -78,8 +80,10 @@ class Layer(Metric):
 
     @cached_property
     def scale(self) -> float:
-        """What errors are divided by to compare layers: 1 where the metric reaches to the model's output,
-        else the layer's own energy."""
+        """What errors are divided by to compare layers: 1 where the metric reaches to the model's output, where those of an unread layer
+        cost nothing, else the layer's own energy."""
+        if self.unread:
+            return inf
         if self.outputs is not None:
             return 1.0
         return max(ops.metric_error(self.weight, inputs=self.inputs), 1e-30)
@@ -108,12 +112,13 @@ def error_metrics(
     if not asked.data_aware:
         return dict.fromkeys(handles, Metric())
     modules = {id_: handle.modules for id_, handle in handles.items()}
-    text = data.Calibration.of(context, asked.samples)
+    text = data.Calibration.of(model, context, asked.samples)
     moments = text.second_moments(model, modules, progress=context.progress)
     gradients: dict[str, Any] = {}
     if asked.sensitivity:
-        some = data.Calibration.of(context, asked.samples, first=SENSITIVITY_TEXTS)
+        some = data.Calibration.of(model, context, asked.samples, first=SENSITIVITY_TEXTS)
         gradients = data.gradient_moments(some, model, modules, seed=context.seed, progress=context.progress)
+        gradients = {id_: moment for id_, moment in gradients.items() if moment is not None and moment.any()}
     found: dict[str, Metric] = {}
     for id_, handle in handles.items():
         inputs, mean = data.input_metric(handle, moments[id_], damping=asked.damping)
@@ -231,15 +236,17 @@ class FactorizingPass(Pass):
         after = nn.weights(model)
         return {
             "layers": {
-                id_: f"{built[id_]}, {layer.size_bytes / self.counted(after[id_].spec):.2f}x{self._fallback(layer)}"
+                id_: f"{built[id_]}, {layer.size_bytes / self.counted(after[id_].spec):.2f}x{self._remark(layer)}"
                 if id_ in built
                 else f"{LEFT_DENSE}: too small to gain, or better spent elsewhere"
                 for id_, layer in layers.items()
             }
         }
 
-    def _fallback(self, layer: Layer) -> str:
-        """What to say of a moment of inputs that had to be damped more than was asked for."""
+    def _remark(self, layer: Layer) -> str:
+        """What to say of a layer that nothing reads, and of a moment of inputs that had to be damped more than was asked for."""
+        if layer.unread:
+            return "; nothing that the model says depends on it"
         if layer.inputs is None or layer.inputs.damping <= self.damping:
             return ""
         return (
@@ -289,11 +296,13 @@ class FactorizingPass(Pass):
         """The selected weights with their metrics."""
         handles = {id_: handle for id_, handle in nn.weights(model).items() if id_ in context.targets}
         found = error_metrics(self, model, handles, context)
+        weighed = any(metric.outputs is not None for metric in found.values())
         return {
             id_: Layer(
                 **vars(found[id_]),
                 weight=handle.dense().float(),
                 value_bytes=(self.value_bits or handle.spec.matrices["weight"].bits) / 8,
+                unread=weighed and found[id_].outputs is None,
             )
             for id_, handle in handles.items()
         }

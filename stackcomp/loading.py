@@ -1,5 +1,7 @@
 """Models from a folder or a hub name, with the head that a task needs, and what a task needs of a model."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +23,12 @@ def load_model(source: str | Path, task: "Task | None" = None) -> "PreTrainedMod
         return checkpoint.load(source)
     heads = _heads(task)
     try:
-        model, report = _auto_class(task).from_pretrained(source, output_loading_info=True, **heads)
+        with _looking_at(source):
+            model, report = _auto_class(task).from_pretrained(source, output_loading_info=True, **heads)
     except RuntimeError as error:  # of weights, or of a head, of another shape
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise _misshapen(source, task) from error
-    except StackcompError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(
-            f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
-        ) from error
     # what a checkpoint without the task's head lacks is drawn at random, as it should be: anything else would be, too
     prefix = "" if _is_bare(model) else f"{model.base_model_prefix}."
     lost = sorted(name for name in report["missing_keys"] if name.startswith(prefix) and "pooler" not in name)
@@ -53,7 +50,8 @@ def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel"
     if checkpoint.is_ours(source):
         model = checkpoint.load(source)
     else:
-        config = AutoConfig.from_pretrained(source, **_heads(task))
+        with _looking_at(source):
+            config = AutoConfig.from_pretrained(source, **_heads(task))
         with torch.device("meta"):
             model = _auto_class(task).from_config(config, dtype=getattr(torch, headers.coding_of(source)))
         stored = headers.shapes_of(source)
@@ -62,6 +60,19 @@ def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel"
     if task is not None:
         check_fits(model, task)
     return model
+
+
+@contextmanager
+def _looking_at(source: str | Path) -> Generator[None]:
+    """Say as UnsupportedModel that `transformers` finds no model at `source`."""
+    try:
+        yield
+    except StackcompError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{source}: transformers finds no model there ({_first_line(error)}): give a folder or a hub name"
+        ) from error
 
 
 def check_task(task: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
+from stackcomp.core.selection import all_match
 from stackcomp.core.settings import whole
 from stackcomp.loading import check_fits, check_task, load_model, outline
 from stackcomp.run import Measuring, Result, Run, plan_of
@@ -73,8 +75,9 @@ class PassManager:
     task: gives training data, calibration text and the score; without one, passes that need none still run,
     unscored. tokenizer: of the model, or where to load it from. seed: of every random choice. device: "cpu"
     or a torch device. progress: draws bars; `stackcomp.core.context.quiet` draws none. calibration: texts to
-    use in place of the task's training split. cache: a folder that several runs and processes share, so that
-    each step they have in common is made once; without one, steps are kept in `out`.
+    use in place of the task's training split, each cut to as many tokens as the task reads, or to 128 without
+    a task. cache: a folder that several runs and processes share, so that each step they have in common is
+    made once; without one, steps are kept in `out`.
     """
 
     out: str | Path
@@ -101,6 +104,7 @@ class PassManager:
         self._check_types(pipeline)
         source = self._module(model)
         plans = contract.predict(pipeline.flat(), plan_of(source))
+        _check_names(pipeline, source)
         tokenizer = self._tokenizer()
         self._check_needs(pipeline, tokenizer)
         if self.task is not None:
@@ -142,8 +146,7 @@ class PassManager:
             )
         if not isinstance(self.out, str | Path) or not str(self.out):
             raise SettingError(f"out={self.out!r} is no folder: give a path")
-        if self.calibration is not None and (isinstance(self.calibration, str) or not self.calibration):
-            raise SettingError(f"calibration={self.calibration!r} is no list of texts: give at least one")
+        _check_texts(self.calibration)
         if not isinstance(self.measuring, Measuring):
             raise SettingError(
                 f"measuring={self.measuring!r}: build it, as in stackcomp.Measuring(latency=False)"
@@ -219,6 +222,31 @@ class PassManager:
 def _check_pipeline(pipeline: Any) -> None:
     if not isinstance(pipeline, Pipeline | Pass):
         raise SettingError(f"pipeline={pipeline!r} is no pipeline: build it, as in Pipeline(Int8Weights())")
+
+
+def _check_texts(texts: Any) -> None:
+    """Refuse calibration that is no sequence of texts, or of pairs of them."""
+    if texts is None:
+        return
+    if isinstance(texts, str) or not (hasattr(texts, "__getitem__") and hasattr(texts, "__len__")):
+        raise SettingError(f"calibration={texts!r} is no list of texts: give one, as in list(...)")
+    if not len(texts):
+        raise SettingError(f"calibration={texts!r} holds no text: give at least one")
+    for place, text in enumerate(texts):
+        pair = isinstance(text, list | tuple) and len(text) == 2
+        if not all(isinstance(part, str) for part in (text if pair else [text])):
+            raise SettingError(f"calibration[{place}]={text!r} is no text: give strings, or pairs of them")
+
+
+def _check_names(pipeline: Pipeline | Pass, model: "PreTrainedModel") -> None:
+    """Refuse a glob on parameters that matches none of the model's, nor a part that some pass makes of one of its layers."""
+    names = [
+        nn.relative(model, name) for name, _ in chain(model.named_modules(), model.named_parameters()) if name
+    ]
+    parts = {part for step in pipeline.flat() for form in step.contract.becomes or () for part in form}
+    names += [f"{name}.{part}" for name in names for part in parts]
+    for step in pipeline.flat():
+        all_match(names, **step.parameter_globs)
 
 
 def _check_device(device: Any) -> None:

@@ -27,7 +27,7 @@ from stackcomp import card, checkpoint, data, metrics, nn
 from stackcomp.core import contract, fingerprint
 from stackcomp.core import ledger as ledgers
 from stackcomp.core.context import Context, Progress
-from stackcomp.core.errors import CheckpointError, NothingToCompress
+from stackcomp.core.errors import CheckpointError, NothingToCompress, OutputInUse
 from stackcomp.core.families import head_features
 from stackcomp.core.files import locked, remove_partial, write_atomic
 from stackcomp.core.ledger import Ledger, Measured, Row
@@ -111,6 +111,7 @@ class Run:
 
     def go(self) -> Result:
         if self.cache is None:
+            self._refuse_other()
             self._forget()
         else:
             write_atomic(self.out / CHAIN, json.dumps(self._chain))
@@ -173,11 +174,23 @@ class Run:
         except CheckpointError:
             return False
 
+    def _refuse_other(self) -> None:
+        """Raise OutputInUse where the run's own folder holds steps from another model."""
+        try:
+            other = self._row(0).fingerprint != self._chain[0]
+        except (CheckpointError, OSError):
+            return
+        if other:
+            raise OutputInUse(
+                f"{self.out} holds a run of another model or tokenizer, or of a head drawn with another seed: give another folder"
+            )
+
     def _forget(self) -> None:
         """Remove the steps of another pipeline from the run's own folder."""
         ours = {self._folder(step) for step in range(len(self.passes) + 1)}
-        for folder in (self.out / "steps").iterdir():
+        for folder in sorted((self.out / "steps").iterdir()):
             if folder.is_dir() and folder not in ours:
+                self._say(f"{folder} is no step of this pipeline: removed")
                 shutil.rmtree(folder)
 
     @contextmanager

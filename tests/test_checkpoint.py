@@ -193,6 +193,9 @@ def test_a_damaged_manifest_is_refused(folder, text):
 
 def test_a_folder_that_is_not_ours_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="no checkpoint of stackcomp"):
+        checkpoint.load(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no checkpoint of stackcomp"):
         checkpoint.load(tmp_path)
 
@@ -235,6 +238,17 @@ def test_publish_copies_beside_other_things(folder, tmp_path, model, inputs):
         ["steps", *(path.name for path in folder.iterdir())]
     )
     checkpoint.verify(folder)
+
+
+def test_publish_leaves_no_file_of_the_checkpoint_before(folder, tmp_path):
+    place = tmp_path / "out"
+    checkpoint.publish(folder, place, ledger={})
+    assert (place / "tokenizer.json").is_file()
+    (place / "notes.txt").write_text("mine")
+    checkpoint.save(toys.bert_classifier(), tmp_path / "b")
+    checkpoint.publish(tmp_path / "b", place, ledger={})
+    beside = {path.name for path in (tmp_path / "b").iterdir()}
+    assert {path.name for path in place.iterdir()} == beside | {"notes.txt"}
 
 
 def test_a_publication_that_stops_half_way_is_no_checkpoint(folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -120,10 +121,10 @@ def test_a_model_that_does_not_fit_the_task_is_refused_before_anything_is_writte
         loading.check_fits(model, task)
 
 
-def test_resume_with_another_tokenizer_or_other_texts_runs_again(model, tokenizer, tmp_path):
-    def run(tokenizer, texts):
+def test_resume_with_another_tokenizer_is_refused_and_with_other_texts_runs_again(model, tokenizer, tmp_path):
+    def run(tokenizer, texts, out="out"):
         settings = {"task": toys.classification_task(), "tokenizer": tokenizer, "calibration": texts}
-        made = sc.PassManager(out=tmp_path / "out", **settings, progress=quiet)
+        made = sc.PassManager(out=tmp_path / out, **settings, progress=quiet)
         return made.run(model, sc.LowRank(ratio=1.5), resume=True).ledger.rows[-1].fingerprint
 
     same = [f"the film is good {i}" for i in range(5)]  # what a column of `datasets` shows of itself
@@ -135,7 +136,23 @@ def test_resume_with_another_tokenizer_or_other_texts_runs_again(model, tokenize
     other = toys.tokenizer()
     other.backend_tokenizer.post_processor = None
     assert other.get_vocab() == tokenizer.get_vocab()
-    assert run(other, texts) != first
+    with pytest.raises(OutputInUse, match="another model or tokenizer"):
+        run(other, texts)
+    assert run(other, texts, out="other") != first
+
+
+def test_resume_with_another_model_loses_nothing(model, tokenizer, tmp_path):
+    manager(tmp_path / "out", tokenizer).run(model, STACK)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(OutputInUse, match="give another folder"):
+        manager(tmp_path / "out", tokenizer).run(toys.classifier("bert", seed=1), STACK, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("texts", [np.array(["the film is good " * 40] * 9), [("the film", "a plot")] * 9])
+def test_calibration_texts_without_a_task_are_cut_to_what_the_model_reads(texts, model, tokenizer, tmp_path):
+    run = sc.PassManager(out=tmp_path / "out", tokenizer=tokenizer, calibration=texts, progress=quiet)
+    assert run.run(model, sc.GPTQ(samples=9, only="encoder")).ledger.rows[-1].name == "GPTQ"
 
 
 def test_what_is_no_model_is_refused(tokenizer, tmp_path):
@@ -171,7 +188,12 @@ def test_needs_are_checked_first(model, tokenizer, tmp_path):
         ({"task": "sst2"}, sc.Int8Weights(), "task='sst2' is no task"),
         ({}, sc.Int8Weights, "is no pipeline"),
         ({"out": 3}, sc.Int8Weights(), "out=3 is no folder"),
-        ({"calibration": []}, sc.Int8Weights(), "is no list of texts"),
+        ({"calibration": []}, sc.Int8Weights(), "holds no text"),
+        ({"calibration": np.array([])}, sc.Int8Weights(), "holds no text"),
+        ({"calibration": "a film"}, sc.Int8Weights(), "is no list of texts"),
+        ({"calibration": (text for text in "ab")}, sc.Int8Weights(), "is no list of texts"),
+        ({"calibration": ["a film", 3]}, sc.Int8Weights(), r"calibration\[1\]=3 is no text"),
+        ({"calibration": [("a", None)]}, sc.Int8Weights(), r"calibration\[0\]=\('a', None\) is no text"),
         ({"seed": -1}, sc.Int8Weights(), "seed=-1"),
         ({"seed": 2**32}, sc.Int8Weights(), "seed=4294967296"),
         ({"measuring": {}}, sc.Int8Weights(), r"measuring={}: build it, as in stackcomp\.Measuring"),

@@ -102,6 +102,8 @@ def test_what_check_refuses_is_refused(tmp_path):
         sc.sizes(sc.Pipeline(sc.Int8Weights(), sc.Int8Weights()), toys.classifier("bert"))
     with pytest.raises(UnsupportedModel, match="float64"):
         sc.sizes(DENSE_SPARSE, toys.classifier("bert").double())
+    with pytest.raises(UnsupportedModel, match="transformers finds no model there"):
+        sc.sizes(DENSE_SPARSE, tmp_path / "none")
 
 
 def test_a_pass_that_says_nothing_is_named():

@@ -39,7 +39,7 @@ def read(directory: Path) -> dict[str, Any]:
     path = directory / NAME
     try:
         manifest: Any = json.loads(path.read_text("utf8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{directory}: no {NAME}, so it is no checkpoint of stackcomp, or half of one"
         ) from error

@@ -97,6 +97,11 @@ class Pass(ABC):
         """Ids of the weights that this pass works on."""
         return plan.select(only=self.only, skip=self.skip)
 
+    @property
+    def parameter_globs(self) -> Mapping[str, Globs]:
+        """The settings whose globs speak of modules and parameters of the model, by name, which no plan tells."""
+        return {}
+
     def reshape(self, plan: Plan) -> Plan:
         """The plan once this pass has changed which weights there are, from names and shapes alone. Facts are
         the contract's business; a weight that goes by another name afterwards keeps its `origin`."""

@@ -29,7 +29,7 @@ def spell_form(parts: Form) -> str:
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
     """One logical weight: rows x cols (output x input features), its module paths, and the forms it may
-    have; origin is the id that it had in the model as it came."""
+    have; origin and came are the id, and rows and cols, that it had in the model as it came."""
 
     id: str
     origin: str
@@ -38,6 +38,7 @@ class PlannedWeight:
     cols: int
     paths: tuple[str, ...]
     forms: frozenset[Form]
+    came: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Plan:
                     cols=spec.cols,
                     paths=spec.paths,
                     forms=frozenset({form(spec.parts())}),
+                    came=(spec.rows, spec.cols),
                 )
                 for spec in specs
             ),

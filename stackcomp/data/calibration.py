@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
-from stackcomp.nn import WeightHandle, weights
+from stackcomp.nn import WeightHandle, position_tables, weights
 from stackcomp.ops import Whitener, whitener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+UNTOLD_LENGTH = 128  # tokens of a calibration text, where no task says how many
 Modules = nn.Module | Sequence[nn.Module]  # one, or all that use the same weight
 
 
@@ -79,10 +80,10 @@ class Calibration:
         texts: Sequence[Any],
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        max_length: int = 128,
+        max_length: int = UNTOLD_LENGTH,
         batch_size: int = 32,
     ) -> None:
-        if not texts:
+        if not len(texts):
             raise DataError("calibration needs text, and there is none: give a task with a training split")
         rows = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=True)
         told = [place for place, ids in enumerate(rows["input_ids"]) if ids]
@@ -97,12 +98,19 @@ class Calibration:
         self._tokenizer = tokenizer
 
     @classmethod
-    def of(cls, context: Context, samples: int, *, first: int | None = None) -> "Calibration":
-        """`samples` calibration texts of a run, or the `first` of them, as long as its task reads them."""
+    def of(
+        cls, model: "PreTrainedModel", context: Context, samples: int, *, first: int | None = None
+    ) -> "Calibration":
+        """`samples` calibration texts of a run, or the `first` of them, as long as its task reads them; without a task, as long as `model`
+        can read them, up to UNTOLD_LENGTH tokens."""
         assert context.calibration is not None
         assert context.tokenizer is not None
         texts = context.calibration(samples)[:samples]
-        length = context.task.max_length if context.task is not None else 128
+        length = (
+            min([UNTOLD_LENGTH, *position_tables(model).values()])
+            if context.task is None
+            else context.task.max_length
+        )
         return cls(texts[:first], context.tokenizer, max_length=length)
 
     def __len__(self) -> int:
@@ -225,7 +233,7 @@ def input_moments(model: "PreTrainedModel", context: Context, samples: int) -> d
     """E[x x^T] (m x m) of the inputs of each weight that a pass works on, by id, over `samples` calibration texts of its run."""
     handles = weights(model)
     modules = {id_: handles[id_].modules for id_ in context.targets}
-    found = Calibration.of(context, samples).second_moments(model, modules, progress=context.progress)
+    found = Calibration.of(model, context, samples).second_moments(model, modules, progress=context.progress)
     return {id_: moment.average for id_, moment in found.items()}
 
 

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,24 +85,30 @@ class Rows:
 Source = Hub | Files | Package | Rows
 
 
-def rows(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
+def rows(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> Rows:
     """Freeze `{split: [{column: value, ...}, ...]}`; a column that a row lacks reads as None there.
 
     A dictionary in a column becomes a column a key, as in `answers.text`; lists become tuples.
     """
-    for name, part in splits.items():
-        odd = next((row for row in part if not isinstance(row, Mapping)), None)
-        if odd is not None:
-            raise DataError(f"split {name!r}: {odd!r} is no row: give a dictionary, column: value")
-    splits = {name: [_frozen(row) for row in part] for name, part in splits.items()}
-    columns = tuple(dict.fromkeys(column for part in splits.values() for row in part for column in row))
+    found = {name: [_frozen(name, row) for row in _listed(name, part)] for name, part in splits.items()}
+    columns = tuple(dict.fromkeys(column for part in found.values() for row in part for column in row))
     frozen = tuple(
-        (name, tuple(tuple(row.get(c) for c in columns) for row in part)) for name, part in splits.items()
+        (name, tuple(tuple(row.get(c) for c in columns) for row in part)) for name, part in found.items()
     )
     return Rows(columns=columns, splits=frozen)
 
 
-def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
+def _listed(split: str, part: Any) -> Iterable[Any]:
+    if isinstance(part, str) or not isinstance(part, Iterable):
+        raise DataError(
+            f"split {split!r}: {part!r} holds no rows: give a list of dictionaries, column: value"
+        )
+    return part
+
+
+def _frozen(split: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"split {split!r}: {row!r} is no row: give a dictionary, column: value")
     found: dict[str, Any] = {}
     for column, value in row.items():
         parts = (
@@ -136,15 +142,21 @@ def files(splits: Mapping[str, str | Path]) -> Files:
     return Files(format=formats.pop(), paths=tuple((name, str(path)) for name, path in splits.items()))
 
 
-def as_source(source: "Source | str | Path | Mapping[str, Any]", config: str | None = None) -> Source:
-    """Accept what people have at hand: a source, a hub name, a file, or a mapping of splits to files or
-    to rows."""
+def as_source(source: Any, config: str | None = None) -> Source:
+    """Accept what people have at hand: a source, a hub name, a file, a mapping of splits to files or to rows, or rows alone, which are
+    the split "train". Raises SettingError for anything else."""
     if isinstance(source, Hub | Files | Package | Rows):
         return source
     if isinstance(source, Mapping):
         if all(isinstance(part, str | Path) for part in source.values()):
             return files(source)
         return rows(source)
+    if not isinstance(source, str | Path):
+        if not isinstance(source, Iterable):
+            raise SettingError(
+                f"source={source!r} is no data: give a hub name, a file, or a mapping of splits to files or to rows"
+            )
+        return rows({"train": source})
     if Path(source).suffix.lower() in FORMATS:
         return files({"train": source})
     return Hub(path=str(source), config=config, local=config)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any, Literal
 
 from stackcomp.core.errors import DataError, SettingError
@@ -379,7 +380,15 @@ class Task:
         values = _column(part, label)
         way_out = f"labels are needed here: name a labelled split, as in {split}='validation'"
         if self.kind != "classification":
-            missing = [i for i, value in enumerate(values) if value is None or float(value) != float(value)]
+            odd = next(
+                (value for value in values if isinstance(value, str | list | dict) or value in (inf, -inf)),
+                None,
+            )
+            if odd is not None:
+                raise DataError(
+                    f"task {self.name!r}: column {label!r} of split {split!r} holds {odd!r}, which is no number: name the column of scores"
+                )
+            missing = [i for i, value in enumerate(values) if value is None or isnan(value)]
             # The hub marks hidden targets of a regression test split by -1 in every row: of a part, that says nothing.
             hidden = all(value == -1 for value in values) and all(
                 value == -1 for value in _column(self.dataset(split), label)

@@ -5,7 +5,7 @@ still be checked in well under a second; data are read when a method of the task
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +32,14 @@ __all__ = [
     "stsb",
 ]
 
-AnySource = Source | str | Path | Mapping[str, Any]
+AnySource = Source | str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 
-def _columns(text: str | Sequence[str]) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else tuple(text)
+def _columns(text: Any) -> tuple[str, ...]:
+    names = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Iterable) else ()
+    if not all(isinstance(name, str) for name in names) or not names:
+        raise SettingError(f"text={text!r} names no column: give a name, or two for a pair")
+    return names
 
 
 def classification(
@@ -56,8 +59,8 @@ def classification(
 ) -> Task:
     """Put a text, or a pair of texts (`text` names two columns), in one of several classes.
 
-    source: a hub name, a file, `{split: file}`, `{split: [rows as dictionaries]}`, or a `Source`. Metrics:
-    accuracy, f1, matthews.
+    source: a hub name, a file, `{split: file}`, `{split: [rows as dictionaries]}`, such rows alone (the split "train"), or a `Source`.
+    Metrics: accuracy, f1, matthews.
     """
     return Task(
         name=name or _name(source),
@@ -335,9 +338,9 @@ def _name(source: AnySource) -> str:
     if isinstance(source, str | Path):
         return Path(source).stem if Path(source).suffix else str(source)
     return (
-        "rows"
-        if isinstance(source, Rows) or (isinstance(source, Mapping) and not _holds_paths(source))
-        else "files"
+        "files"
+        if isinstance(source, Files) or (isinstance(source, Mapping) and _holds_paths(source))
+        else "rows"
     )
 
 

@@ -50,7 +50,7 @@ class ASVD(WeightedSVDPass):
     def _importance(
         self, model: "PreTrainedModel", handles: "Mapping[str, nn.WeightHandle]", context: "Context"
     ) -> "Mapping[str, torch.Tensor]":
-        text = data.Calibration.of(context, self.samples)
+        text = data.Calibration.of(model, context, self.samples)
         modules = {id_: handle.modules for id_, handle in handles.items()}
         sizes = text.mean_inputs(model, modules, progress=context.progress)
         return {id_: size ** (2 * self.alpha) for id_, size in sizes.items()}

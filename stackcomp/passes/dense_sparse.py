@@ -150,7 +150,9 @@ class DenseSparse(FactorizingPass):
         return {id_: options[-1] for id_, options in candidates.items()}
 
     def _smallest(self, rows: int, cols: int) -> float:
-        return rows + cols
+        return (rows + cols) * max(
+            1, int(rows * cols / RATIOS[-1] / (rows + cols))
+        )  # the lowest rank that is tried
 
     def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
         return {

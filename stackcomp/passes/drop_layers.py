@@ -123,7 +123,7 @@ class DropLayers(Pass):
             name = nn.absolute(model, stack.path)
             assert name is not None
             layers: Any = model.get_submodule(name)
-            text = data.Calibration.of(context, self.samples)
+            text = data.Calibration.of(model, context, self.samples)
             influence = text.influence(model, [*layers], progress=context.progress)
             most = sorted(range(stack.count), key=lambda place: -influence[place])[: len(kept)]
             kept, found = tuple(sorted(most)), {"influence": [round(share, 6) for share in influence]}

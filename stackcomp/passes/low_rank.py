@@ -46,7 +46,7 @@ class LowRank(FactorizingPass):
         )
 
     def _smallest(self, rows: int, cols: int) -> float:
-        return rows + cols
+        return (rows + cols) * min(self._ranks(rows, cols), default=1)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
         for rank in self._ranks(spec.rows, spec.cols):

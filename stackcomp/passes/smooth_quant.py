@@ -85,7 +85,7 @@ class SmoothQuant(Pass):
                 "SmoothQuant: layers share all weights that read what can be rescaled; leave it out, or put it before ShareLayers"
             )
         first = {source: handles[readers[0]].modules for source, readers in folds.items()}
-        found = data.Calibration.of(context, self.samples).largest_inputs(
+        found = data.Calibration.of(model, context, self.samples).largest_inputs(
             model, first, progress=context.progress
         )
         for source, readers in folds.items():

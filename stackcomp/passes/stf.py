@@ -1,5 +1,6 @@
 """The Straight-Through Factorizer: the support and both factors of dense-sparse weights learned for the task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -8,6 +9,7 @@ from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
 from stackcomp.core.passes import Findings
+from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import one_of, whole, within
 from stackcomp.layerwise import error_metrics
 from stackcomp.training.training_pass import LearnedForm
@@ -75,6 +77,15 @@ class STF(LearnedForm):
         more = {Need.CALIBRATION} if self.data_aware else set[Need]()
         more |= {Need.TEACHER} if self.latent == "dense" else set[Need]()
         return Contract(finds=wanted, may_leave=True, trains=True, needs=self._needs | more)
+
+    def examine(self, weights: Sequence[PlannedWeight]) -> None:
+        for weight in weights if self.latent == "dense" and self.epochs else ():
+            now = weight.rows, weight.cols
+            if weight.came != now and any(map(self.contract.found_in, weight.forms)):
+                raise SettingError(
+                    f"latent='dense': {weight.id} came as {weight.came[0]} x {weight.came[1]}, and is {now[0]} x {now[1]} by then: give "
+                    "latent='product'"
+                )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
         if self.epochs == 0:

@@ -51,8 +51,7 @@ class TrainingPass(TrainSettings, Pass):
         return chooses(name, only=self.only, skip=self.skip)
 
     @property
-    def _parameter_globs(self) -> dict[str, Globs]:
-        """The settings that this follows from, by name."""
+    def parameter_globs(self) -> dict[str, Globs]:
         return {"only": self.only, "skip": self.skip}
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
@@ -71,7 +70,7 @@ class TrainingPass(TrainSettings, Pass):
         assert context.task is not None
         assert context.tokenizer is not None
         named = itertools.chain(model.named_modules(), model.named_parameters())
-        all_match((nn.relative(model, name) for name, _ in named), **self._parameter_globs)
+        all_match((nn.relative(model, name) for name, _ in named), **self.parameter_globs)
         report = training.train(
             model,
             task=context.task,
@@ -130,7 +129,7 @@ class LearnedForm(TrainingPass):
         return chooses(name, only=None, skip=self.frozen)
 
     @property
-    def _parameter_globs(self) -> dict[str, Globs]:
+    def parameter_globs(self) -> dict[str, Globs]:
         return {"frozen": self.frozen}
 
     def _loss(self, context: "Context") -> "Loss":

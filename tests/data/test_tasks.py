@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,8 @@ def test_hidden_regression_labels_are_refused_and_their_text_still_serves(tokeni
         (lambda: toy(max_length=16.5), "max_length=16.5"),
         (lambda: toy(selection=0), "selection=0"),
         (lambda: toy(text=("a", "b", "c")), "must name one column, or two"),
+        (lambda: toy(text=5), "text=5 names no column"),
+        (lambda: toy(source=None), "source=None is no data"),
         (lambda: tasks.movie_reviews("amazon"), "source='amazon'"),
         (lambda: tasks.classification({"train": "a.xls"}), "'.xls'"),
         (lambda: tasks.classification({"train": "a.csv", "test": "b.json"}), "must share one format"),
@@ -273,6 +276,21 @@ def test_hidden_regression_labels_are_refused_and_their_text_still_serves(tokeni
 def test_bad_settings_are_refused(build, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         build()
+
+
+@pytest.mark.parametrize("label", ["x", [1.0], inf])
+def test_a_score_that_is_no_number_is_refused(tokenizer, label) -> None:
+    task = tasks.regression([{"text": "the film", "label": label}] * 9, test=1)
+    with pytest.raises(DataError, match="which is no number"):
+        task.encode(tokenizer, "train")
+
+
+def test_rows_alone_are_the_training_split_and_may_come_one_by_one(tokenizer) -> None:
+    alone = tasks.classification(TRAIN, test=2)
+    assert alone == tasks.classification({"train": (row for row in TRAIN)}, test=2)
+    assert len(alone.encode(tokenizer, "train")) > 0
+    with pytest.raises(DataError, match="split 'train': 5 holds no rows"):
+        tasks.classification({"train": 5})
 
 
 def test_digest_sees_texts_labels_and_settings() -> None:

@@ -59,6 +59,19 @@ def test_a_ratio_out_of_reach_says_the_largest_before_any_weight_is_read(cls, mo
 
 
 @pytest.mark.parametrize("cls", BOTH)
+def test_the_largest_ratio_of_wide_layers_can_be_had(cls, tokenizer, tmp_path):
+    """The candidates of wide layers end before rank 1."""
+    model = toys.make("bert", num_hidden_layers=1, hidden_size=256, intermediate_size=512)
+    with pytest.raises(UnreachableRatio) as caught:
+        sc.check(cls(ratio=1000.0, only=BLOCKS), model)
+    largest = float(str(caught.value).rsplit(" ", 1)[1])
+    ids = plan_of(model).select(only=BLOCKS, skip=None)
+    dense = bytes_of(model, ids)
+    apply(cls(ratio=largest - 0.01, only=BLOCKS, data_aware=False), model, tokenizer, tmp_path)
+    assert bytes_of(model, ids) <= dense / (largest - 0.01)
+
+
+@pytest.mark.parametrize("cls", BOTH)
 def test_the_largest_ratio_can_really_be_reached(cls, model, tokenizer, tmp_path):
     ids = plan_of(model).select(only=BLOCKS, skip=None)
     dense = bytes_of(model, ids)
@@ -188,6 +201,20 @@ def test_all_layers_of_a_model_have_the_limit_of_most(ranks, limit):
         return layerwise.Layer(weight=size, value_bytes=4, outputs=metric)
 
     assert layerwise._spread([layer(rank) for rank in ranks]) == limit
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_layer_that_nothing_reads_has_no_share_of_the_budget(cls, tokenizer, tmp_path):
+    """The pooler of an embedding model, and a layer whose outputs are multiplied by zeros, end at their smallest."""
+    model = toys.make("bert", hidden_size=32, intermediate_size=64)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.zero_()
+    told = apply(cls(ratio=2.0, spread=100.0, samples=64), model, tokenizer, tmp_path)["layers"]
+    note = "; nothing that the model says depends on it"
+    unread = {id_: words.removesuffix(note) for id_, words in told.items() if words.endswith(note)}
+    assert set(unread) == {"pooler.dense", "encoder.layer.0.intermediate.dense"}
+    for id_, words in unread.items():
+        assert float(words.rpartition(" ")[2].removesuffix("x")) > 6, (id_, words)
 
 
 def test_square_weights_take_one_basis_where_gradients_span_few_directions(tokenizer, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """`STF`: gradients pass straight through, supports move when the weight does, and what is exported is what was trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -279,3 +281,15 @@ def test_it_is_refused_where_nothing_is_dense_sparse(factorized, tokenizer, tmp_
 def test_settings_out_of_range_are_refused(settings, said):
     with pytest.raises(SettingError, match=said):
         sc.STF(**settings)
+
+
+def test_a_latent_of_another_shape_than_the_weight_that_came_is_refused_beforehand():
+    model = toys.bert_classifier()
+    steps = sc.PruneNeurons(keep=0.5), sc.DenseSparse(ratio=1.5), sc.STF(**QUICK, latent="dense")
+    with pytest.raises(
+        SettingError, match=r"latent='dense': .*intermediate\.dense came as 32 x 16, and is 16 x 16 by then"
+    ):
+        sc.check(sc.Pipeline(*steps), model)
+    sc.check(sc.Pipeline(*steps[:2], replace(steps[2], latent="product")), model)
+    elsewhere = replace(steps[1], only="encoder.layer.*.attention")
+    sc.check(sc.Pipeline(steps[0], elsewhere, steps[2]), model)

@@ -5,7 +5,7 @@ import torch
 
 import stackcomp as sc
 from stackcomp import metrics, nn
-from stackcomp.core.context import Context
+from stackcomp.core.context import Context, quiet
 from stackcomp.core.errors import SelectionEmpty, SettingError
 from tests import toys
 from tests.passes.test_conformance import apply
@@ -75,6 +75,21 @@ def test_a_misspelt_glob_is_named_before_the_first_step(training, setting, token
         apply(training, model, tokenizer, tmp_path)
     with pytest.raises(SettingError, match="frozen=3 is no glob"):
         sc.STF(frozen=3)
+
+
+def test_a_misspelt_glob_on_parameters_is_refused_before_the_first_pass(tokenizer, tmp_path):
+    def run(frozen):
+        learned = sc.QuantizationAware(bits=4, steps=1, only=BLOCKS, frozen=frozen)
+        steps = sc.LowRank(ratio=1.5, only=BLOCKS, data_aware=False), learned
+        manager = sc.PassManager(
+            out=tmp_path / "out", task=toys.classification_task(), tokenizer=tokenizer, progress=quiet
+        )
+        return manager.run(toys.bert_classifier(), sc.Pipeline(*steps))
+
+    with pytest.raises(SelectionEmpty, match=r"frozen='embedings' matches no layer"):
+        run("embedings")
+    assert not (tmp_path / "out").exists()
+    assert run(("*LayerNorm", "encoder.layer.0.*.basis")).ledger.rows[-1].name == "QuantizationAware"
 
 
 @pytest.mark.parametrize(
