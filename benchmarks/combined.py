@@ -1,4 +1,4 @@
-"""What the studies of combinations say: their own reports, and the few lines of the README on the post-training one."""
+"""What the studies of combinations say: their own reports, and the few lines of the page of results on the post-training one."""
 
 from collections.abc import Sequence
 from math import exp

@@ -1,4 +1,4 @@
-"""What a reader sees of the study pipelines/dsformer/table.py, as Markdown: the page of the docs and the block of the README."""
+"""What a reader sees of the study pipelines/dsformer/table.py, as Markdown: a page of the docs, and its share of the page of results."""
 
 import html
 from collections import Counter
@@ -86,7 +86,7 @@ def page(found: Comparison, picture: str) -> str:
 
 
 def headline(found: Comparison) -> str:
-    """The block of the README: one line a method at 2.8x that has a row."""
+    """In short, for the page of results: one line a method at 2.8x that has a row."""
     if not found.finished:
         return progress(found)
     cells = []

@@ -1,4 +1,4 @@
-"""What a reader sees of the study pipelines/dsformer/low_bit.py, as Markdown: the section of the docs and the block of the README."""
+"""What a reader sees of the study pipelines/dsformer/low_bit.py, as Markdown: a section of a page, and its share of the page of results."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -48,7 +48,7 @@ def section(found: Comparison, picture: str) -> str:
 
 
 def headline(found: Comparison) -> str:
-    """The block of the README: a line a budget, with the best of every family there."""
+    """In short, for the page of results: a line a budget, with the best of every family there."""
     if not found.finished:
         return progress(found)
     budgets = [bits for bits in sorted(found.ratios, reverse=True) if _best(found, OURS, bits)]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import combined, conclusions, dsformer, low_bit, pictures, smallest, stacked, tables
+from benchmarks import combined, conclusions, dsformer, low_bit, pictures, smallest, tables
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
 from stackcomp.core.files import write_atomic
@@ -45,25 +45,14 @@ class Report:
         return low_bit.comparison(self.rows("low_bit"))
 
     def blocks(self) -> dict[str, str]:
-        """Markdown of every generated block, by name."""
+        """Markdown of every generated block of the README, by name."""
         names = ("catalogue", *combined.NAMES, smallest.NAME, "stsb", "speed", "decoder")
         finished = {name: [row for row in self.rows(name) if "error" not in row] for name in names}
         alone = finished[smallest.SINGLE] = smallest.singles(self.rows(smallest.SINGLE))
         found = {
             "conclusions": conclusions.headline(finished, self.dsformer()),
-            "stsb": tables.stsb(self.rows("stsb")),
             "quickstart": tables.quickstart(self.rows("quickstart")),
-            "speed": tables.speed(self.rows("speed")),
-            "reload": tables.reload(self.rows("reload")),
-            "kill": tables.kill_in_words(self.rows("kill")),
-            "kill-study": tables.kill_study(self.rows("kill_study")),
-            "dsformer": dsformer.headline(self.dsformer()),
-            "low-bit": low_bit.headline(self.low_bit()),
-            "stacked": stacked.headline(self.rows("stacked")),
-            "combined": combined.headline(self.rows(combined.NAME)),
             "smallest": smallest.headline(self.rows(smallest.NAME), alone),
-            "factorizing": tables.factorizing(self.rows("factorizing")),
-            "step-cost": tables.step_cost(self.rows("step_cost")),
             "refused": refusal(),
         }
         drawn = self.pictures()

@@ -128,12 +128,12 @@ def test_generated_blocks_are_up_to_date():
 
 def test_a_changed_row_is_noticed(tmp_path):
     (tmp_path / "docs" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text("<!-- generated: kill -->\nold\n<!-- end -->\n")
+    (tmp_path / "README.md").write_text("<!-- generated: quickstart -->\nold\n<!-- end -->\n")
     found = report.Report(root=tmp_path)
     assert found.stale() == ["README.md"]
     found.write()
     assert found.stale() == []
-    assert "Not run yet: `python -m benchmarks.kill`" in (tmp_path / "README.md").read_text()
+    assert "Not run yet: `python -m benchmarks.quickstart`" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("<!-- generated: nothing -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="nothing"):
         found.readme()

@@ -344,5 +344,5 @@ def _name(source: AnySource) -> str:
     )
 
 
-def _holds_paths(source: Mapping[str, Any]) -> bool:
+def _holds_paths(source: Mapping[Any, Any]) -> bool:
     return all(isinstance(part, str | Path) for part in source.values())

@@ -42,6 +42,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from stackcomp.core.errors import BadWeights, SettingError
+from stackcomp.core.settings import whole
 from stackcomp.ops import pursuit
 from stackcomp.ops.low_rank import low_rank
 from stackcomp.ops.sparse_coding import SMALLEST, factor_supports, gather, scatter, solve
@@ -97,14 +98,16 @@ def dense_sparse(
     sweeps: int = 6,
     seed: int = 0,
 ) -> DenseSparseFactors:
-    """Factorize `weight` with `atoms` (b) a block and `nonzeros` (s) a group, minimising `whiten.metric_error`.
+    """Factorize `weight`, float32 or float64, with `atoms` (b) a block and `nonzeros` (s) a group, minimising `whiten.metric_error`.
 
     Starts from random rows of the weight as atoms, those that matter more being likelier (all randomness is from `seed`), then `sweeps`
     sweeps. noise: what rounding will do to the values, by `rounding_noise`. With s = b in one block nothing is sparse: the optimal low
     rank is returned at once. Where we differ from the paper: the metrics; and blocks are coded together, so that each corrects the errors
     of the others.
-    SettingError: blocks, groups, atoms or nonzeros do not fit the weight. BadWeights: NaN or infinite values.
+    SettingError: blocks, groups, atoms or nonzeros do not fit the weight, or sweeps is no count. BadWeights: another dtype, no values,
+    NaN or infinite ones, or such as are so when squared.
     """
+    whole("sweeps", sweeps, 0)
     rows, columns = reversed(weight.shape) if transposed else weight.shape
     if nonzeros == atoms and blocks == groups == 1 and 1 <= atoms <= columns:
         _refuse_broken(weight)
@@ -202,7 +205,7 @@ class Factorizer:
             self._look()
 
     def aim(self, weight: Float[Tensor, "rows cols"]) -> None:
-        """Take another weight of the same shape as the target of the next sweep. BadWeights: NaN or infinite values."""
+        """Take another weight of the same shape as the target of the next sweep. Raises BadWeights as `dense_sparse` does."""
         _refuse_broken(weight)
         self._weight = weight.T if self._transposed else weight
         whitened = self._weight if self._columns is None else self._columns.whiten_columns(self._weight)
@@ -511,8 +514,11 @@ def _check(rows: int, columns: int, atoms: int, nonzeros: int, blocks: int, grou
 
 
 def _refuse_broken(weight: Tensor) -> None:
-    if not all(torch.isfinite(end) for end in weight.aminmax()):  # needs no memory of the weight's size
-        raise BadWeights(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values")
+    what = f"a weight of shape {tuple(weight.shape)} and {weight.dtype}"
+    if weight.dtype not in (torch.float32, torch.float64) or not weight.numel():
+        raise BadWeights(f"{what} cannot be factorized: give values in float32 or float64")
+    if not torch.isfinite(torch.linalg.vector_norm(weight).square()):  # needs no memory of the weight's size
+        raise BadWeights(f"{what} holds NaN or infinite values, or such as are so when squared")
 
 
 def _ridged(gram: Float[Tensor, "*p a a"], ridge: Tensor | float) -> Float[Tensor, "*p a a"]:

@@ -5,7 +5,7 @@ pipeline gets the same steps of it, the singles and the model as it came too.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,7 +118,7 @@ def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
     if not isinstance(said, Mapping):
         raise SettingError(f"passes={said!r}: give a mapping of names to passes")
     for name, given in passes.items():
-        if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
             raise SettingError(
                 f"passes: {name!r} is no name of a technique: use words of letters, digits, . - _"
             )
@@ -126,7 +126,7 @@ def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
             raise SettingError(
                 f"passes: {name!r} is what {TAKEN[name]} is called: give the technique another name"
             )
-        items = [given] if isinstance(given, Pass) else list(given)
+        items = [given] if isinstance(given, Pass) else [*given] if isinstance(given, Iterable) else []
         if not items or not all(isinstance(item, Pass) for item in items):
             raise SettingError(
                 f"passes: {name!r} is {given!r}: give a pass, or its strengths as several passes"
@@ -142,7 +142,7 @@ def techniques(passes: Mapping[str, Pass | Sequence[Pass]]) -> list[Technique]:
             strength = " ".join(f"{setting}={getattr(item, setting)}" for setting in changed)
             found.append(Technique(name=name, strength=strength, item=item))
     if not found:
-        raise SettingError("passes={} holds no technique: give at least one")
+        raise SettingError(f"passes={passes!r} holds no technique: give at least one")
     return found
 
 

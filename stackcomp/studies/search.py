@@ -21,12 +21,13 @@ from stackcomp.core.errors import MissingNeed, SettingError, StackcompError, Stu
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
+from stackcomp.core.selection import as_tuple
 from stackcomp.core.settings import one_of, switch, whole, within
 from stackcomp.manager import check
 from stackcomp.studies.combinations import LEFT_OUT, THEN, Technique, techniques
 from stackcomp.studies.rows import Row, Rows, direction, unbeaten
 from stackcomp.studies.runner import Runner, say
-from stackcomp.studies.study import Entry, Study, line_of, plan_for
+from stackcomp.studies.study import Entry, Study, check_name, line_of, plan_for
 
 if TYPE_CHECKING:
     from stackcomp.data.task import Task
@@ -78,7 +79,7 @@ class Search:
     loss: float | None = None
     floor: float | None = None
     size_bytes: int | None = None
-    always: tuple[str, ...] = ()
+    always: str | tuple[str, ...] = ()
     orders: bool = False
     pipelines: int = 48
     rungs: tuple[Rung, ...] = (Rung(examples=256, steps=0.1), Rung(examples=1000, steps=0.3), Rung())
@@ -87,6 +88,8 @@ class Search:
     tokenizer: str | Path | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        object.__setattr__(self, "always", as_tuple(self.always))
         goals = (self.loss, self.floor, self.size_bytes)
         if goals.count(None) != len(goals) - 1:
             raise SettingError(
@@ -103,6 +106,9 @@ class Search:
         whole("pipelines", self.pipelines, 1)
         whole("seed", self.seed, 0, 2**32 - 1)
         within("keep", self.keep, 0.0, 1.0, above=True)
+        said: Any = self.rungs  # whatever a typo gives
+        if not isinstance(said, Sequence) or not all(isinstance(rung, Rung) for rung in said):
+            raise SettingError(f"rungs={said!r}: give a sequence of them, as in (stackcomp.Rung(),)")
         if (
             not self.rungs
             or (last := self.rungs[-1]).steps != 1.0

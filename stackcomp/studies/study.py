@@ -204,10 +204,9 @@ class Study:
     skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise SettingError(
-                f"name={self.name!r} names a file: use letters, digits, dots, - and _, a letter or digit first"
-            )
+        check_name(self.name)
+        if not isinstance(self.entries, Iterable):
+            raise SettingError(f"study {self.name!r}: entries={self.entries!r}: give a sequence of entries")
         object.__setattr__(self, "entries", tuple(self.entries))
         if not self.entries:
             raise StudyRefused(f"study {self.name!r} has no entries: give at least one")
@@ -261,6 +260,14 @@ class Study:
         reasons = Counter(one.reason for one in self.skipped)
         lines = [f"  {count} times: {reason}" for reason, count in reasons.most_common()]
         return "\n".join([f"{len(self.skipped)} illegal pipelines are left out", *lines] if lines else [])
+
+
+def check_name(name: Any) -> None:
+    """Refuse, with SettingError, what cannot name the rows of a study."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise SettingError(
+            f"name={name!r} names a file: use letters, digits, dots, - and _, a letter or digit first"
+        )
 
 
 def declared(file: Path) -> Study:

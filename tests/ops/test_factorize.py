@@ -231,10 +231,23 @@ def test_settings_that_do_not_fit_are_refused(shape: dict[str, int]):
         dense_sparse(noise(20, 12), **shape)
 
 
-def test_broken_weights_are_refused():
+def test_a_negative_number_of_sweeps_is_refused():
+    with pytest.raises(SettingError, match="sweeps=-1"):
+        dense_sparse(noise(20, 12), atoms=4, nonzeros=2, sweeps=-1)
+
+
+@pytest.mark.parametrize("nonzeros", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_broken_weights_are_refused(nonzeros, value):
     weight = noise(6, 4)
-    weight[2, 1] = float("nan")
-    with pytest.raises(BadWeights, match=r"\(6, 4\)"):
+    weight[2, 1] = value
+    with pytest.raises(BadWeights, match=r"\(6, 4\) .*when squared"):
+        dense_sparse(weight, atoms=3, nonzeros=nonzeros)
+
+
+@pytest.mark.parametrize("weight", [noise(6, 4).half(), noise(6, 4).bfloat16(), torch.empty(0, 4)])
+def test_what_cannot_be_factorized_is_refused(weight):
+    with pytest.raises((BadWeights, SettingError), match=r"give values in float32|atoms <= 0"):
         dense_sparse(weight, atoms=3, nonzeros=1)
 
 

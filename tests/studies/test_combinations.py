@@ -146,6 +146,8 @@ def test_some_pipelines_have_further_seeds(folder):
         ({"-": sc.Int8Weights()}, "leaves out"),
         ({"a": []}, "give a pass"),
         ({"a": [sc.Int8Weights]}, "give a pass"),
+        ({"a": 3}, "'a' is 3: give a pass"),
+        ({1: sc.Int8Weights()}, "1 is no name"),
         ({"a": [sc.Int8Weights(), sc.LowRank()]}, "not one pass with different settings"),
         ({"a": [sc.Int8Weights(), sc.Int8Weights()]}, "not one pass with different settings"),
     ],

@@ -289,6 +289,10 @@ def test_a_rung_runs_its_share_of_steps_and_of_samples(folder):
         ({"pipelines": 0}, "pipelines=0"),
         ({"passes": {}}, "holds no technique"),
         ({"always": ("prun",)}, "always='prun' is not known"),
+        ({"always": "prun"}, "always='prun' is not known"),
+        ({"rungs": sc.Rung()}, r"rungs=Rung\(.*give a sequence"),
+        ({"rungs": (1, 2)}, r"rungs=\(1, 2\): give a sequence"),
+        ({"name": "../x"}, "names a file"),
     ],
 )
 def test_bad_settings_are_refused_at_once(folder, settings, said):

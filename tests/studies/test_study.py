@@ -81,6 +81,8 @@ def test_wrong_types_are_refused_where_they_are_written(settings, said):
             sc.Study(name=name, entries=())
     with pytest.raises(SettingError, match="'a' is no entry"):
         sc.Study(name="a", entries=("a",))
+    with pytest.raises(SettingError, match=r"study 'a': entries=Entry\(.*give a sequence"):
+        sc.Study(name="a", entries=sc.Entry(**right))
     with pytest.raises(StudyRefused, match="has no entries"):
         sc.Study(name="a", entries=())
 
