@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import exp, hypot, inf, log, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtrit
 
 from stackcomp.studies import Entry, Study
+from stackcomp.studies.analysis.cells import Estimate as Interval
+from stackcomp.studies.analysis.cells import estimate
 from stackcomp.studies.rows import Row
 
 Asked = tuple[str, float | None]  # a method and its ratio
@@ -26,18 +28,11 @@ DRAWS = 1000  # of pairs of task and seed, for an interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Interval):
     """A value and the half-width of its 95% interval, of `count` rows or pairs in `tasks` tasks."""
 
-    value: float
-    half: float
     count: int
     tasks: int = 1
-
-    @property
-    def is_noise(self) -> bool:
-        """Whether zero lies within the interval."""
-        return abs(self.value) <= self.half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +45,9 @@ class Cell:
 
     @property
     def score(self) -> Estimate:
-        """Mean over seeds: a t-interval over them, the bootstrap noise of the row where there is one."""
-        scores = [row["score"] for row in self.rows]
-        half = _t_half(scores) if len(scores) > 1 else self.rows[0]["noise"]
-        return Estimate(value=fmean(scores), half=half, count=len(scores))
+        """Mean over seeds: a t-interval over them and the bootstrap noise of the examples."""
+        found = estimate([row["score"] for row in self.rows], [row["noise"] for row in self.rows])
+        return Estimate(value=found.value, half=found.half, count=len(self.rows))
 
     def mean(self, name: str) -> float:
         """Mean of a figure over the seeds."""
@@ -186,25 +180,26 @@ class Comparison:
     def difference(self, first: Asked, second: Asked) -> Estimate | None:
         """Score of one (method, ratio) minus that of another: the mean over tasks of the mean over seeds that both have.
 
-        The interval is that of the mean over these very tasks: what a method gives differs from task to task, and that is no noise. It is
-        a t-interval over the pairs of a task and seed around the mean of their task, each task weighing the same; where no task has two
-        pairs, the bootstrap noise. None where there is no pair.
+        The interval is that of the mean over these very tasks: what a method gives differs from task to task, and that is no noise. It
+        adds in squares a t-interval over the pairs of a task and seed around the mean of their task, each task weighing the same, where
+        some task has two pairs, and the paired bootstrap noise of the examples, which all seeds of a task share: that beside the dense
+        model, of two methods both, which is no less than that of their difference. None where there is no pair.
         """
         found = [pairs for task in self.tasks if (pairs := self._pairs(task, first, second))]
         if not found:
             return None
         gaps = [[mine["score"] - other["score"] for mine, other in pairs] for pairs in found]
         weights = [1 / (len(found) * len(pairs)) for pairs in found for _ in pairs]
+        around = [gap - fmean(some) for some in gaps for gap in some]
         freedom = len(weights) - len(found)
-        if freedom:
-            around = [gap - fmean(some) for some in gaps for gap in some]
-            half = _t(freedom) * hypot(*around) / sqrt(freedom) * hypot(*weights)
-        else:  # both are compared with the same dense model, which has no difference to itself
-            rows = [row for pairs in found for pair in pairs for row in pair]
-            noises = [row["difference_noise"] for row in rows if row["labels"]["method"] != DENSE[0]]
-            half = hypot(*noises) / len(found)
-        value = fmean(fmean(some) for some in gaps)
-        return Estimate(value=value, half=half, count=len(weights), tasks=len(found))
+        spread = _t(freedom) * hypot(*around) / sqrt(freedom) * hypot(*weights) if freedom else 0.0
+        noises = [fmean(map(_noise, pairs)) for pairs in found]
+        return Estimate(
+            value=fmean(map(fmean, gaps)),
+            half=hypot(spread, hypot(*noises) / len(found)),
+            count=len(weights),
+            tasks=len(found),
+        )
 
     def curve(self, task: str, method: str) -> Curve:
         """The means over seeds of a method's ratios; empty unless all of them have rows."""
@@ -278,6 +273,11 @@ def _weights(pairs: Sequence[tuple[str, int]]) -> list[float]:
     return [1 / (len(counts) * counts[task]) for task, _ in pairs]
 
 
+def _noise(pair: tuple[Row, Row]) -> float:
+    """Of the examples, in the difference of two rows: both are compared with one dense model, which has none to itself."""
+    return hypot(*(row["difference_noise"] for row in pair if row["labels"]["method"] != DENSE[0]))
+
+
 def _parent(row: Row) -> float:
     """The score of the dense model that a row came of."""
     return row["score"] - row["difference"]
@@ -322,10 +322,6 @@ def at_equal_mean(
     return Equal(
         ratio=ratio(pairs), low=float(low), high=float(high), drawn=len(values) / DRAWS, count=len(pairs)
     )
-
-
-def _t_half(values: Sequence[float]) -> float:
-    return _t(len(values) - 1) * stdev(values) / sqrt(len(values))
 
 
 def _t(freedom: int) -> Any:

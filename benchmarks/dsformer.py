@@ -42,11 +42,11 @@ smaller one, and every method gets the same steps, batches, teacher and losses. 
 
 READING = """\
 *Encoder* is the compression of the encoder's linear weights with every index counted; *file* that of the whole file. A score is
-the mean over seeds, with their number behind it. All intervals are of 95%. That of a score is a t-interval over seeds, or, where there
-is one seed, the bootstrap noise of its test examples. *vs dense* is the mean over tasks of the score minus that of the dense model of
-the same seed. Its interval is that of the mean over these tasks, and not of what a further task would give: a t-interval over seeds,
-each pair of task and seed taken around the mean of its task; where no task has two pairs, the paired bootstrap noise. Pairs of one task
-share their test examples, so the true doubt is rather larger.
+the mean over seeds, with their number behind it. All intervals are of 95%, and add in squares a t-interval over seeds, where there are
+some, and the bootstrap noise of the test examples, which all seeds share. *vs dense* is the mean over tasks of the score minus that of
+the dense model of the same seed. Its interval is that of the mean over these tasks, and not of what a further task would give: each
+pair of task and seed is taken around the mean of its task, and the bootstrap is paired. Of the difference of two methods, the noise of
+both beside the dense model counts, which is rather too much.
 
 *Output error* is how far the outputs are from those of the dense model: their squared error as a share of how much the dense model's
 outputs vary over examples, in the geometric mean over tasks and seeds. It tells methods apart where scores are all within the noise of
@@ -159,7 +159,7 @@ def sentence(what: str, gap: Estimate | None, tasks: int) -> str:
         return f"{what}: not run yet."
     rests = f"{gap.tasks} of {tasks} tasks, {gap.count} pair{'s' if gap.count > 1 else ''} of task and seed"
     beyond = "better" if gap.value > 0 else "worse"
-    verdict = "within the noise" if gap.is_noise else f"**{beyond}**, beyond the noise"
+    verdict = "within the noise" if gap.within_noise else f"**{beyond}**, beyond the noise"
     return f"{what}: {plus_minus(gap.value, gap.half, signed=True)} points ({rests}): {verdict}."
 
 

@@ -66,7 +66,7 @@ def row(entry, score=score, **more):
         "score": score(entry),
         "difference": 0.0 if dense else score(entry) - score(tuned(entry)),
         "noise": 1.5,
-        "difference_noise": 0.9,
+        "difference_noise": 0.3,
         "output_error": 0.0 if dense else 0.01 * ratio * (1.5 if "SVD" in entry.labels["method"] else 1.0),
         "metric": "accuracy",
         "layer_compression": None if dense else ratio,
@@ -91,12 +91,12 @@ def line(text, start):
 # figures
 
 
-def test_a_cell_is_the_mean_over_seeds_with_a_t_interval_and_of_one_seed_the_bootstrap():
+def test_a_cell_is_the_mean_over_seeds_with_a_t_interval_and_the_bootstrap_of_the_examples():
     scores = {0: 80.0, 1: 81.0, 2: 82.0}
     found = compared(lambda entry: scores[entry.seed])
     several, one = found.cell("stsb", "STF", 2.8).score, found.cell("reviews", "SVD", 2.8).score
     assert (several.value, several.count) == (81.0, 3)
-    assert several.half == pytest.approx(4.302653 / 3**0.5, abs=1e-5)
+    assert several.half == pytest.approx(np.hypot(4.302653 / 3**0.5, 1.5), abs=1e-5)
     assert (one.value, one.half, one.count) == (80.0, 1.5, 1)
 
 
@@ -149,8 +149,9 @@ def test_a_row_that_came_of_another_dense_model_is_told_beside_ours():
     )
 
 
-def test_the_interval_of_a_difference_is_that_of_seeds_within_tasks():
-    """As a linear model with a mean for each task has it; how far the tasks are from each other does not matter."""
+def test_the_interval_of_a_difference_is_that_of_seeds_within_tasks_and_of_the_examples():
+    """As a linear model with a mean for each task has it; how far the tasks are from each other does not matter. All seeds of a task share
+    its examples."""
     shifts = {"stsb": 9.0, "reviews": 0.0, "mrpc": -4.0, "sst2": 2.0}
 
     def score(entry):
@@ -171,15 +172,16 @@ def test_the_interval_of_a_difference_is_that_of_seeds_within_tasks():
     )
     assert gap.value == pytest.approx(gaps.mean())
     spread = np.sqrt(gaps.var(axis=1, ddof=1).mean())
-    assert (gap.half, gap.count) == (pytest.approx(stats.t.ppf(0.975, 8) * spread / 12**0.5), 12)
+    of_seeds, of_examples = stats.t.ppf(0.975, 8) * spread / 12**0.5, 0.3 * 2**0.5 / 4**0.5
+    assert (gap.half, gap.count) == (pytest.approx(np.hypot(of_seeds, of_examples)), 12)
 
 
 def test_where_no_task_has_two_seeds_the_noise_of_a_difference_is_that_of_what_was_compared():
     one = compared(only=lambda entry: entry.labels["task"] == "stsb" and entry.seed == 0)
-    assert one.difference(("STF", 2.8), comparison.DENSE).half == 0.9
-    assert one.difference(("STF", 2.8), ("conventional", 2.8)).half == pytest.approx(0.9 * 2**0.5)
+    assert one.difference(("STF", 2.8), comparison.DENSE).half == pytest.approx(0.3)
+    assert one.difference(("STF", 2.8), ("conventional", 2.8)).half == pytest.approx(0.3 * 2**0.5)
     all_tasks = compared(only=lambda entry: entry.seed == 0)
-    assert all_tasks.difference(("STF", 2.8), comparison.DENSE).half == pytest.approx(0.9 / 2)
+    assert all_tasks.difference(("STF", 2.8), comparison.DENSE).half == pytest.approx(0.3 / 2)
     assert compared(only=lambda entry: False).difference(("STF", 2.8), comparison.DENSE) is None
 
 

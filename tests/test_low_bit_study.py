@@ -76,7 +76,7 @@ def test_a_cell_is_a_mean_over_seeds_and_the_best_of_a_column_is_bold():
     assert "### STS-B, dense 80.10" in text
     assert "| method | 3 bits | 2.5 bits | 2 bits | 1.5 bits | 1.25 bits |" in text
     assert (
-        "| low rank, int4 | - | - | **79.70 ± 0.25 (2.00, 3 seeds)** | 77.10 ± 0.25 (1.50, 3 seeds) | - |"
+        "| low rank, int4 | - | - | **79.70 ± 1.52 (2.00, 3 seeds)** | 77.10 ± 1.52 (1.50, 3 seeds) | - |"
         in text
     )
     assert "| STF, int4 | - | - | 79.50 (2.00) | 77.50 (1.50) | - |" in text
@@ -93,8 +93,8 @@ def test_the_best_dense_sparse_stack_stands_beside_the_best_of_every_family():
     assert f"- 2 bits, STF, int4 minus rounded, trained: +0.60 ± 0.42 points {one}: **better**" in text
     assert f"- 2 bits, STF, int4 minus low rank, int4: -0.10 ± 0.42 points {one}: within the noise." in text
     three = "(1 of 2 tasks, 3 pairs of task and seed): **better**, beyond the noise."
-    assert f"- 1.5 bits, dense-sparse, int4 minus binary, trained: +13.00 ± 0.00 points {three}" in text
-    assert f"- 1.5 bits, dense-sparse, int4 minus low rank, int4: +1.00 ± 0.00 points {three}" in text
+    assert f"- 1.5 bits, dense-sparse, int4 minus binary, trained: +13.00 ± 0.42 points {three}" in text
+    assert f"- 1.5 bits, dense-sparse, int4 minus low rank, int4: +1.00 ± 0.42 points {three}" in text
     assert "- 3 bits" not in text
     assert f"**Partial: {len(found().finished)} of {len(STUDY.entries)} entries are done**" in head
 

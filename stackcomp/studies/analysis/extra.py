@@ -55,8 +55,8 @@ class Extra:
 def extra(cells: Cells, floor: float, of: Bytes = "file") -> Extra:
     """The extra compression at `floor`, a score on the metric's own scale.
 
-    The interval: every pipeline's score is drawn from the normal distribution that its noise beside the model as it came describes, and
-    both choices are made anew; seed 0.
+    The interval: every score is drawn from the normal distribution that its noise beside the model as it came describes, pipelines that
+    left the same files together and all others apart, and both choices are made anew; seed 0.
     """
     groups = [
         [cell for cell in cells.cells if len(cell.passes) == 1],
@@ -158,11 +158,18 @@ def _smallest(cells: Cells, group: Sequence[Cell], floor: float, of: Bytes) -> C
 def _least_drawn(cells: Cells, group: Sequence[Cell], floor: float, of: Bytes) -> np.ndarray:
     """The fewest bytes that reach the floor in every draw of the scores (draws); infinite where none does."""
     noise = np.random.default_rng(0).standard_normal((DRAWS, len(cells.cells)))
-    places = [cells.cells.index(cell) for cell in group]
+    files = [_files(cell) for cell in cells.cells]
+    places = [files.index(_files(cell)) for cell in group]
     sigma = np.array([cell.change.half for cell in group]) / 1.96
     misses = np.array([cells.misses(cell, floor) for cell in group]) - sigma * noise[:, places]
     sizes = np.array([_bytes(cell, of) for cell in group])
     return np.where(misses <= 0, sizes, np.inf).min(axis=1)
+
+
+def _files(cell: Cell) -> object:
+    """What tells the files of two cells apart, by their content where all rows say it."""
+    digests = {(row["seed"], row.get("file_sha256")) for row in cell.rows}
+    return digests if all(digest for _, digest in digests) else (cell.passes, cell.strengths)
 
 
 def _product(cells: Cells, stack: Cell, of: Bytes) -> float | None:

@@ -57,6 +57,22 @@ def test_noise_widens_the_interval_and_a_choice_that_noise_turns_over_is_in_it()
     assert extra(Cells.of(rows), 79.0).drawn == pytest.approx(0.5, abs=0.05)
 
 
+def test_orders_that_left_the_same_file_are_one_chance_and_no_more():
+    """Half of the draws let the stack reach the floor, however many orders made it; were they apart, three in four would."""
+
+    def drawn(*digests):
+        orders = ("a", "b"), ("b", "a")
+        stacks = [
+            row(*order, size=400, score=79.0, noise=1.0, file_sha256=digest)
+            for order, digest in zip(orders, digests, strict=True)
+        ]
+        return extra(Cells.of([ROWS[0], *stacks]), 79.0).drawn
+
+    assert drawn("one", "one") == pytest.approx(0.5, abs=0.05)
+    for apart in (("one", "other"), (None, None)):
+        assert drawn(*apart) == pytest.approx(0.75, abs=0.05)
+
+
 def test_a_floor_that_nothing_reaches_names_the_best_and_the_gap():
     cells = Cells.of(ROWS)
     found = extra(cells, 79.95)
