@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import inf
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.comparison import DENSE, Comparison
@@ -118,7 +119,7 @@ def _curve(axes: "Axes", rows: Sequence[Row], method: str, int8: bool) -> None:
 
 
 def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
-    """Score against the bytes of the encoder, one panel a task: every method, the dense model and its interval."""
+    """Score against the bytes of the encoder, one panel a task: every method, and the dense model with the noise of a difference to it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -126,13 +127,73 @@ def dsformer(found: Comparison, names: Mapping[str, str]) -> str:
         figure = Figure(figsize=(16, 12), layout="constrained")
         grid = figure.subplots(2, (len(found.tasks) + 1) // 2, squeeze=False).flat
         for axes, task in zip(grid, found.tasks, strict=False):
-            _panel(axes, found, task)
+            came = found.cell(task, *DENSE)
+            drawn = _of_task(found, task) if came.rows else {}
+            if drawn:
+                _panel(axes, drawn, came.score.value, came.rows[0]["metric"])
+                _bytes(axes, [row for row in found.finished if row["labels"]["task"] == task], drawn)
+            else:
+                _say_not_run(axes)
             axes.set_title(names[task], loc="left", fontweight="bold")
-        figure.supxlabel(
-            "encoder compression, every index counted (log scale), and below it megabytes of encoder and file\n"
-            "points: mean distance to the dense model of the same seed; grey: 95% interval of the dense score"
-        )
+        figure.supxlabel(_POINTS)
         return _svg(figure)
+
+
+def dsformer_mean(found: Comparison) -> str:
+    """The mean over all tasks of the distance to the dense model, against the bytes of the encoder: every method that has all tasks."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_look(13)):
+        figure = Figure(figsize=(13, 7.5), layout="constrained")
+        axes = figure.add_subplot()
+        if drawn := _of_mean(found):
+            _panel(axes, drawn, 0.0, f"points against dense, mean of {len(found.tasks)} tasks")
+            _bytes(axes, found.finished, drawn)
+        else:
+            _say_not_run(axes)
+        figure.supxlabel(_POINTS)
+        return _svg(figure)
+
+
+_DOUBT = "grey: 95% noise of a difference to dense"
+_POINTS = (
+    "encoder compression, every index counted (log scale), and below it megabytes of encoder and file\n"
+    f"points: mean distance to the dense model of the same seed; {_DOUBT}"
+)
+
+
+class _Point(NamedTuple):
+    compression: float
+    value: float
+    noise: float  # of its difference to the dense model
+
+
+def _of_task(found: Comparison, task: str) -> dict[str, list[_Point]]:
+    """The points of every method that has rows on a task."""
+    came = found.cell(task, *DENSE)
+    drawn: dict[str, list[_Point]] = {}
+    for method in _METHODS:
+        cells = [cell for ratio in found.ratios if (cell := found.cell(task, method, ratio)).rows]
+        if cells:
+            drawn[method] = sorted(
+                _Point(cell.mean("layer_compression"), cell.beside(came), cell.mean("difference_noise"))
+                for cell in cells
+            )
+    return drawn
+
+
+def _of_mean(found: Comparison) -> dict[str, list[_Point]]:
+    """The mean points of every method at every ratio that has rows on all tasks."""
+    drawn: dict[str, list[_Point]] = {}
+    for method in _METHODS:
+        for ratio in sorted(found.ratios):
+            gap = found.difference((method, ratio), DENSE)
+            if gap and gap.tasks == len(found.tasks):
+                cells = found.cells(method, ratio)
+                compression = sum(cell.mean("layer_compression") for cell in cells) / len(cells)
+                drawn.setdefault(method, []).append(_Point(compression, gap.value, gap.half))
+    return drawn
 
 
 def _say_not_run(axes: "Axes") -> None:
@@ -140,37 +201,27 @@ def _say_not_run(axes: "Axes") -> None:
     axes.set_axis_off()
 
 
-def _panel(axes: "Axes", found: Comparison, task: str) -> None:
-    drawn: dict[str, list[tuple[float, float]]] = {}
-    rows = [row for row in found.finished if row["labels"]["task"] == task]
-    came = found.cell(task, *DENSE)
-    for method in _METHODS:
-        cells = [found.cell(task, method, ratio) for ratio in found.ratios]
-        points = sorted(
-            (cell.mean("layer_compression"), cell.beside(came)) for cell in cells if cell.rows and came.rows
-        )
-        if points:
-            drawn[method] = points
-    if not drawn:
-        _say_not_run(axes)
-        return
-    dense = came.score
+def _panel(axes: "Axes", drawn: Mapping[str, Sequence[_Point]], dense: float, figure: str) -> None:
+    """Every method's points and name beside the dense model; figure: what they are."""
     lines = {name for name in drawn if _METHODS[name][3]}
-    near = [score for name in lines if not name.endswith(_PLAIN) for _, score in drawn[name]]
-    floor = _floor([dense.value, *near])
-    heights = [max(score, floor) for points in drawn.values() for _, score in points] + [dense.value]
+    near = [point.value for name in lines if not name.endswith(_PLAIN) for point in drawn[name]]
+    floor = _floor([dense, *near])
+    every = [point for points in drawn.values() for point in points]
+    heights = [max(point.value, floor) for point in every] + [dense]
     gap = (max(heights) - min(heights) or 1.0) / 16
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
-    axes.axhspan(dense.value - dense.half, dense.value + dense.half, color="0.9", linewidth=0)
-    ticks = sorted({row["labels"]["ratio"] for row in rows if row["labels"]["method"] != DENSE[0]})
-    start, end = ticks[0] / 1.03, ticks[-1] * 1.03
-    axes.hlines(dense.value, start, end, color="0.2", linewidth=1.5)
-    left = [_Label(f"dense {dense.value:.1f} ± {dense.half:.1f}", "0.2", (start, dense.value))]
+    noise = median(point.noise for point in every if point.value >= floor)
+    axes.axhspan(dense - noise, dense + noise, color="0.9", linewidth=0)
+    ends = [point.compression for point in every]
+    start, end = min(ends) / 1.03, max(ends) * 1.03
+    axes.hlines(dense, start, end, color="0.2", linewidth=1.5)
+    named = f"dense {dense:.1f}" if dense else "dense"
+    left = [_Label(f"{named} ± {noise:.1f}", "0.2", (start, dense))]
     right: list[_Label] = []
     for method, points in drawn.items():
         name, colour, marker, line = _METHODS[method]
         width, size = (3.0, 9) if method == "STF" else (1.8, 7)
-        shown = [(place, max(score, floor)) for place, score in points]
+        shown = [(point.compression, max(point.value, floor)) for point in points]
         axes.plot(
             *zip(*shown, strict=True),
             color=colour,
@@ -179,23 +230,33 @@ def _panel(axes: "Axes", found: Comparison, task: str) -> None:
             linewidth=width,
             markersize=size,
         )
-        low = [f"{score:.1f}" for _, score in points if score < floor]
+        low = [f"{point.value:.1f}" for point in points if point.value < floor]
         below = f" {', '.join(low)} ↓" if low else ""
         (right if method in lines else left).append(_Label(name + below, colour, shown[-1]))
     _write(axes, left, start / 1.03, gap, "right")
     _write(axes, right, end * 1.03, gap, "left")
+    beside = (end / start) ** 0.8  # room for labels
+    axes.set_xlim(start / beside, end * beside)
+    axes.set_ylabel(figure)
+
+
+def _bytes(axes: "Axes", rows: Sequence[Row], drawn: Mapping[str, Sequence[_Point]]) -> None:
+    """Ticks at the ratios of these rows, as far as points are drawn, each with the megabytes of encoder and file."""
+    end = 1.01 * max(point.compression for points in drawn.values() for point in points)
     some = next(row for row in rows if row["layer_compression"])
     encoder, file = some["layer_bytes"] * some["layer_compression"], some["size_bytes"] * some["compression"]
-    sizes = {tick: (encoder / tick / 1e6, (file - encoder + encoder / tick) / 1e6) for tick in ticks}
-    named = {tick: f"{tick:g}x\n{mine:.0f}\n{whole:.0f}" for tick, (mine, whole) in sizes.items()}
+    named = {
+        ratio: f"{ratio:g}x\n{encoder / ratio / 1e6:.0f}\n{(file - encoder + encoder / ratio) / 1e6:.0f}"
+        for ratio in sorted({row["labels"]["ratio"] for row in rows if row["labels"]["method"] != DENSE[0]})
+        if ratio <= end
+    }
+    room = axes.get_xlim()
     _logarithmic(axes, named)
-    beside = (ticks[-1] / ticks[0]) ** 0.9  # room for labels
-    axes.set_xlim(start / beside, end * beside)
-    axes.set_ylabel(some["metric"])
+    axes.set_xlim(room)
 
 
 def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
-    """Score against bits a weight, one panel a task that has rows: a line a method, the dense model and its interval."""
+    """Score against bits a weight, one panel a task that has rows: a line a method, the dense model and the noise of a difference to it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -207,9 +268,7 @@ def low_bit(found: Comparison, names: Mapping[str, str]) -> str:
         ):
             _bits_panel(axes, found, task)
             axes.set_title(names[task], loc="left", fontweight="bold")
-        figure.supxlabel(
-            "bits a weight, every byte counted (log scale); grey: 95% interval of the dense score"
-        )
+        figure.supxlabel(f"bits a weight, every byte counted (log scale); {_DOUBT}")
         return _svg(figure)
 
 
@@ -232,7 +291,7 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     if not dense.rows:
         _say_not_run(axes)
         return
-    value, half = dense.score.value, dense.score.half
+    value = dense.score.value
     scores = [score for methods, points in drawn.items() if methods != _FAR_BELOW for _, score in points]
     floor = _floor([value, *scores])
     shown = {
@@ -241,7 +300,12 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
     heights = [score for points in shown.values() for _, score in points] + [value]
     gap = (max(heights) - min(heights) or 1.0) / 16
     budgets = sorted(found.ratios)
-    axes.axhspan(value - half, value + half, color="0.9", linewidth=0)
+    noise = median(
+        row["difference_noise"]
+        for row in found.finished
+        if row["labels"]["task"] == task and row["labels"]["method"] != DENSE[0] and row["score"] >= floor
+    )
+    axes.axhspan(value - noise, value + noise, color="0.9", linewidth=0)
     axes.axhline(value, color="0.2", linewidth=1.5)
     labels: list[_Label] = []
     for methods, points in shown.items():
@@ -252,7 +316,7 @@ def _bits_panel(axes: "Axes", found: Comparison, task: str) -> None:
         last = drawn[methods][-1][1]
         below = f" {last:.0f} ↓" if last < floor else ""
         labels.append(_Label(name + below, colour, points[-1]))
-    axes.text(budgets[-1], value, f"dense {value:.1f} ± {half:.1f}", va="bottom", fontsize=12)
+    axes.text(budgets[-1], value, f"dense {value:.1f} ± {noise:.1f}", va="bottom", fontsize=12)
     _write(axes, labels, budgets[0] / 1.08, gap, "left")
     axes.set_ylim(min(heights) - 1.5 * gap, max(heights) + 2 * gap)
     _logarithmic(axes, {bits: f"{bits:g}" for bits in budgets})
@@ -278,7 +342,7 @@ def _logarithmic(axes: "Axes", ticks: Mapping[float, str]) -> None:
     axes.xaxis.set_major_locator(FixedLocator([*ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticklabels([*ticks.values()])
+    axes.set_xticklabels([*ticks.values()], fontsize=11)
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
 

@@ -72,6 +72,7 @@ class Report:
         compared = self.dsformer()
         if compared.finished:
             found["dsformer"] = lambda: pictures.dsformer(compared, dsformer.TASKS)
+            found["dsformer_mean"] = lambda: pictures.dsformer_mean(compared)
         few = self.low_bit()
         if few.finished:
             found["low_bit"] = lambda: pictures.low_bit(few, dsformer.TASKS)
@@ -124,7 +125,11 @@ class Report:
     def _mark(self, name: str) -> str:
         """The comment that tells which rows, and which drawing code, a picture shows."""
         code = Path(pictures.__file__).read_text("utf8")
-        compared = {"dsformer": self.dsformer, "low_bit": self.low_bit}
+        compared = {
+            "dsformer": self.dsformer,
+            "dsformer_mean": self.dsformer,
+            "low_bit": self.low_bit,
+        }
         rows = compared[name]().finished if name in compared else self.rows(name)
         rows = [*rows, *self._rounded()] if name == "stsb" else rows
         return f"<!-- rows: {digest([rows, code])} -->"
@@ -155,6 +160,7 @@ def _wrapped(line: str) -> list[str]:
 PICTURES = {
     "stsb": "STS-B score against encoder compression for dense-sparse and low rank, in floating point and in int8",
     "dsformer": "Score against bytes of the encoder for DSFormer and its rivals, one panel a task, beside the dense model and its noise",
+    "dsformer_mean": "Points against the dense model, mean of the tasks, against bytes of the encoder: DSFormer and its rivals",
     "low_bit": "Score against bits a weight for dense-sparse, low rank, rounding and pruning, beside the dense model and its noise",
     "quickstart": "The table that the quickstart ends with",
 }

@@ -357,6 +357,21 @@ def test_the_picture_shows_what_there_is():
     some = compared(only=lambda entry: entry.labels["task"] == "stsb")
     for found in (compared(), some, compared(only=lambda entry: entry.labels["method"] == "dense")):
         assert "</svg>" in pictures.dsformer(found, dsformer.TASKS)
+        assert "</svg>" in pictures.dsformer_mean(found)
+
+
+def test_a_mean_over_some_of_the_tasks_is_not_drawn():
+    mrpc = [entry for entry in STUDY.entries if entry.labels["task"] == "mrpc"]
+    found = compared(
+        only=lambda entry: entry not in mrpc or entry.labels["method"] != "STF" or entry.labels["ratio"] != 2
+    )
+    drawn = pictures._of_mean(found)
+    assert [round(point.compression, 2) for point in drawn["STF"]] == [2.8, 3.57]
+    assert [round(point.compression, 2) for point in drawn["conventional"]] == [2.0, 2.8, 3.57]
+    gap = found.difference(("STF", 2.8), comparison.DENSE)
+    assert drawn["STF"][0] == (pytest.approx(2.8), gap.value, gap.half)
+    for one in (found, compared(only=lambda entry: entry in mrpc)):
+        assert ("not run yet" in pictures.dsformer_mean(one)) == (one is not found)
 
 
 def test_without_its_dense_model_a_task_has_no_panel():
