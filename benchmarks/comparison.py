@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import exp, hypot, inf, log, sqrt
 from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.special import stdtrit
 
 from stackcomp.studies import Entry, Study
@@ -24,6 +24,9 @@ from stackcomp.studies.rows import Row
 Asked = tuple[str, float | None]  # a method and its ratio
 Figure = Literal["score", "nearness"]  # of a row: the second is -log of the error of its outputs
 DENSE: Asked = ("dense", None)
+SLOPE = (
+    1e-9  # of a score from a point to the next, where a curve would be flat: a score then has one compression
+)
 DRAWS = 1000  # of pairs of task and seed, for an interval
 
 
@@ -66,9 +69,15 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
     @property
-    def falls(self) -> bool:
-        """Whether each point scores below the one before it, so that a score has one compression."""
-        return len(self.points) > 1 and all(before[1] > after[1] for before, after in pairwise(self.points))
+    def falling(self) -> "Curve":
+        """The falling curve nearest to this one, by least squares: where a score rises with compression, noise made it."""
+        fitted = isotonic_regression([score for _, score in self.points], increasing=False).x
+        return Curve(
+            points=[
+                (compression, float(score) - SLOPE * place)
+                for place, ((compression, _), score) in enumerate(zip(self.points, fitted, strict=True))
+            ]
+        )
 
     @property
     def scores(self) -> tuple[float, float]:
@@ -284,13 +293,14 @@ def _parent(row: Row) -> float:
 
 
 def at_equal_score(first: Curve, second: Curve, *, lowest: bool = False) -> Ratio:
-    """Compression of `first` over that of `second` in the middle of the scores that both reach, or at the lowest one: that which
-    the better of the two has at its highest compression."""
+    """Compression of `first` over that of `second`, along the falling curves nearest to them, in the middle of the scores that both
+    reach, or at the lowest one: that which the better of the two has at its highest compression."""
     if not first.points or not second.points:
         return Ratio(why="not run yet")
-    if not (first.falls and second.falls):
-        return Ratio(why="no figure: a score does not fall with compression")
+    first, second = first.falling, second.falling
     (low, high), (other_low, other_high) = first.scores, second.scores
+    if min(high - low, other_high - other_low) < SLOPE * (len(first.points) + len(second.points)):
+        return Ratio(why="no figure: a score does not fall with compression")
     if low > other_high:
         bound = first.points[-1][0] / second.points[0][0]
         return Ratio(why=f"no figure: the curves share no score; above {bound:.2f}")

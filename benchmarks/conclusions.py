@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import combined, smallest
-from benchmarks.comparison import DENSE, Comparison, Curve, Estimate, at_equal_score
+from benchmarks.comparison import DENSE, Comparison, Curve, Estimate, at_equal_mean, at_equal_score
 from benchmarks.dsformer import GRADIENTS, RATIO, STF
 from benchmarks.tables import plus_minus
 from stackcomp.studies.rows import Row
@@ -109,9 +109,22 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
         weighed, low_rank = (compared.difference((method, RATIO), DENSE) for method in GRADIENTS)
         if weighed and low_rank and weighed.tasks == low_rank.tasks == ours.tasks:
             yield f"Weighed by gradients, too: {_gap(weighed)}, low rank {_gap(low_rank)}."
+        yield from _smaller(compared)
         yield (
             f"Learning the supports (STF) adds {_gap(frozen)} to factors whose supports were chosen on calibration text and frozen"
             + (f", and {_gap(plain)} where they were chosen without, as in the paper." if plain else ".")
+        )
+
+
+def _smaller(compared: Comparison) -> Iterator[str]:
+    """How much smaller the factors with gradients are than low rank as it is published, and than low rank in the same metric."""
+    published = at_equal_mean(compared, GRADIENTS[0], LOW_RANK[0])
+    alike = at_equal_mean(compared, *GRADIENTS, figure="nearness")
+    if published.ratio.value and alike.ratio.value:
+        yield (
+            f"These compress the encoder {published.ratio.value:.2f} times as much as low rank in the metric of inputs at equal score "
+            f"({published.low:.2f} to {published.high:.2f}), and {alike.ratio.value:.2f} times as much as low rank with gradients at equal "
+            f"error of the outputs ({alike.low:.2f} to {alike.high:.2f})."
         )
 
 

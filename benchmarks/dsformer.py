@@ -183,8 +183,8 @@ def _at_equal_scores(found: Comparison, ours: str, rival: str) -> list[str]:
     near = at_equal_mean(found, ours, rival, figure="nearness")
     lines.append(f"- At equal error of the outputs, which needs no loss of score: {_equal(near, _as_error)}")
     return [
-        f"Encoder compression of {_spoken(ours)} over that of {_spoken(rival)} at equal score, along the curves through "
-        "their ratios (linear in the logarithm of compression), in the middle of the scores that both reach; above 1, "
+        f"Encoder compression of {_spoken(ours)} over that of {_spoken(rival)} at equal score, along the falling curves nearest to "
+        "the scores at their ratios (linear in the logarithm of compression), in the middle of the scores that both reach; above 1, "
         f"{_spoken(ours)} is the smaller:",
         "\n".join(lines),
     ]

@@ -1,5 +1,7 @@
 """The lines of the front page say what the rows say, and nothing where there are none."""
 
+from math import log
+
 from benchmarks import combined, conclusions, smallest
 from benchmarks.command import ROOT
 from benchmarks.comparison import Comparison
@@ -102,6 +104,22 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
     assert behind.endswith("on STS-B without training.")
     assert "mean of 4 tasks: -0." in text
     assert "(+" not in said(stsb=[])
+
+
+def test_how_much_smaller_than_both_low_ranks_is_said_where_both_figures_are():
+    def score(entry):
+        rate = 4.0 if entry.labels["method"] == "data-aware SVD" else 2.0
+        return 90.0 - rate * log(entry.labels["ratio"])
+
+    (text,) = conclusions._smaller(compared(score))
+    assert "times as much as low rank in the metric of inputs at equal score (" in text
+    assert (
+        "and 1.50 times as much as low rank with gradients at equal error of the outputs (1.50 to 1.50)."
+        in text
+    )
+    assert float(text.partition(" times")[0].rpartition(" ")[2]) > 1.5
+    no_curve = compared(score, only=lambda entry: entry.labels["ratio"] != 10.0)
+    assert list(conclusions._smaller(no_curve)) == []
 
 
 def test_speed_and_a_decoder():

@@ -188,11 +188,24 @@ def test_where_no_task_has_two_seeds_the_noise_of_a_difference_is_that_of_what_w
 def test_compression_at_equal_score_is_linear_in_its_logarithm():
     mine, other = Curve(points=[(2.0, 90.0), (4.0, 80.0)]), Curve(points=[(1.0, 90.0), (2.0, 80.0)])
     found = at_equal_score(mine, other)
-    assert (found.score, found.value) == (85.0, pytest.approx(2.0))
+    assert (found.score, found.value) == (pytest.approx(85.0), pytest.approx(2.0))
     assert mine.compression(85.0) == pytest.approx(8**0.5)
     crossing = Curve(points=[(2.0, 95.0), (4.0, 75.0)])
     assert at_equal_score(mine, crossing).value == pytest.approx(1.0)
     assert at_equal_score(mine, Curve(points=[(2.0, 90.0), (4.0, 70.0)])).value > 1
+
+
+def test_a_score_that_rises_with_compression_is_noise_and_levelled():
+    """Two points that come the wrong way round count as their mean; a level score is held up to its last point."""
+    mine = Curve(points=[(2.0, 90.0), (4.0, 80.0)])
+    noisy, level = [
+        Curve(points=[(1.0, 90.0), (2.0, 83.0 - up), (3.0, 83.0 + up), (4.0, 80.0)]) for up in (1, 0)
+    ]
+    assert noisy.falling.points == [(place, pytest.approx(score)) for place, score in level.points]
+    assert at_equal_score(noisy, mine).value == pytest.approx(at_equal_score(level, mine).value)
+    ends_level = Curve(points=[(1.0, 90.0), (2.0, 81.0), (8.0, 83.0)])
+    found = at_equal_score(ends_level, mine, lowest=True)
+    assert (found.score, found.value) == (pytest.approx(82.0), pytest.approx(8.0 / mine.compression(82.0)))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +213,7 @@ def test_compression_at_equal_score_is_linear_in_its_logarithm():
     [
         ([(2.0, 70.0), (4.0, 60.0)], "share no score; above 2.00"),
         ([(2.0, 99.0), (4.0, 95.0)], "share no score; below 0.50"),
-        ([(2.0, 82.0), (3.0, 84.0), (4.0, 80.0)], "does not fall"),
+        ([(2.0, 82.0), (3.0, 82.0), (4.0, 85.0)], "does not fall"),
         ([], "not run yet"),
     ],
 )
