@@ -6,7 +6,7 @@ the run finds must be among them.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stackcomp.core.facts import Facts, spell
@@ -38,7 +38,7 @@ class PlannedWeight:
     cols: int
     paths: tuple[str, ...]
     forms: frozenset[Form]
-    came: tuple[int, int]
+    came: tuple[int, int] = field(compare=False)
 
 
 @dataclass(frozen=True)
