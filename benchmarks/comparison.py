@@ -24,9 +24,7 @@ from stackcomp.studies.rows import Row
 Asked = tuple[str, float | None]  # a method and its ratio
 Figure = Literal["score", "nearness"]  # of a row: the second is -log of the error of its outputs
 DENSE: Asked = ("dense", None)
-SLOPE = (
-    1e-9  # of a score from a point to the next, where a curve would be flat: a score then has one compression
-)
+SLOPE = 1e-9  # of a score from a point to the next, so that a flat curve, too, has one compression at a score
 DRAWS = 1000  # of pairs of task and seed, for an interval
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import combined, smallest
-from benchmarks.comparison import DENSE, Comparison, Curve, Estimate, at_equal_mean, at_equal_score
+from benchmarks.comparison import DENSE, Comparison, Curve, Equal, Estimate, at_equal_mean, at_equal_score
 from benchmarks.dsformer import GRADIENTS, RATIO, STF
 from benchmarks.tables import plus_minus
 from stackcomp.studies.rows import Row
@@ -118,14 +118,17 @@ def _factors(results: Results, compared: Comparison) -> Iterator[str]:
 
 def _smaller(compared: Comparison) -> Iterator[str]:
     """How much smaller the factors with gradients are than low rank as it is published, and than low rank in the same metric."""
-    published = at_equal_mean(compared, GRADIENTS[0], LOW_RANK[0])
-    alike = at_equal_mean(compared, *GRADIENTS, figure="nearness")
-    if published.ratio.value and alike.ratio.value:
+    published, alike = (at_equal_mean(compared, GRADIENTS[0], one) for one in (LOW_RANK[0], GRADIENTS[1]))
+    near = at_equal_mean(compared, *GRADIENTS, figure="nearness")
+    if all(one.ratio.value and one.count > 1 for one in (published, alike, near)):
         yield (
-            f"These compress the encoder {published.ratio.value:.2f} times as much as low rank in the metric of inputs at equal score "
-            f"({published.low:.2f} to {published.high:.2f}), and {alike.ratio.value:.2f} times as much as low rank with gradients at equal "
-            f"error of the outputs ({alike.low:.2f} to {alike.high:.2f})."
+            f"These compress the encoder {_times(published)} times as much as low rank in the metric of inputs at equal score, and "
+            f"{_times(alike)} times as much as low rank with gradients at equal score, {_times(near)} at equal error of the outputs."
         )
+
+
+def _times(found: Equal) -> str:
+    return f"{found.ratio.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _speed(results: Results) -> Iterator[str]:
