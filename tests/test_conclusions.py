@@ -102,7 +102,7 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
         "**Dense-sparse does not always hold more than low rank in the same bytes:** -1.00 to +1.00" in behind
     )
     assert behind.endswith("on STS-B without training.")
-    assert "mean of 4 tasks: -0." in text
+    assert "mean of 4 tasks, against dense: -0." in text
     assert "(+" not in said(stsb=[])
 
 
@@ -111,17 +111,30 @@ def test_how_much_smaller_than_both_low_ranks_is_said_where_both_figures_are():
         rate = 4.0 if entry.labels["method"] == "data-aware SVD" else 2.0
         return 90.0 - rate * log(entry.labels["ratio"])
 
-    (text,) = conclusions._smaller(compared(score))
+    *_, text = conclusions._trained(compared(score))
     assert (
-        " times as much as low rank in the metric of inputs at equal score, and 1.00 (1.00 to 1.00) times"
-        in text
+        " times as much as low rank in the metric of inputs at equal score, 1.00 (1.00 to 1.00) times" in text
     )
     assert text.endswith("at equal score, 1.50 (1.50 to 1.50) at equal error of the outputs.")
     assert float(text.partition("encoder ")[2].partition(" (")[0]) > 1.5
     one = compared(score, only=lambda entry: entry.labels["task"] == "stsb" and entry.seed == 0)
-    assert list(conclusions._smaller(one)) == []
     no_curve = compared(score, only=lambda entry: entry.labels["ratio"] != 10.0)
-    assert list(conclusions._smaller(no_curve)) == []
+    for few in (one, no_curve):
+        assert " times as much" not in " ".join(conclusions._trained(few))
+
+
+def test_learned_supports_pay_only_where_they_do_beyond_the_noise():
+    def scored(gain):
+        return lambda entry: 80.0 + gain * (entry.labels["method"] == "STF, plain start")
+
+    (text,) = conclusions._supports(compared(scored(2.0)))
+    assert text.startswith("**Learning the supports (STF) pays where they were chosen without data,**")
+    assert "+2.00 ± " in text
+    assert text.endswith("at 2.8x. Where they were chosen on calibration text: +0.00 ± 0.21.")
+    (text,) = conclusions._supports(compared(scored(0.0)))
+    assert text.startswith("**Learning the supports (STF) does not surely pay where")
+    neither = compared(scored(2.0), only=lambda entry: "plain" not in entry.labels["method"])
+    assert list(conclusions._supports(neither)) == []
 
 
 def test_speed_and_a_decoder():
