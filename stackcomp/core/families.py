@@ -294,14 +294,19 @@ def known_heads(features: int | None, who: str) -> int:
 
 
 def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(module, weights that alone read it), by the family's `readers`, in every layer where all of these weights are among `paths`."""
+    """(module, weights that alone read it), by the family's `readers`, in every layer where all of these weights are among `paths`, and the
+    module, too, where it is a weight."""
+    weights = {*family.feed_forward.into, *family.attention.into}
     stack = family.blocks.removesuffix(".*")
     layers = [place[0] for path in paths if (place := Stack(path=stack, count=0).split(path))]
     for layer in range(max(layers, default=-1) + 1):
         for source, readers in family.readers.items():
-            found = tuple(f"{stack}.{layer}.{reader}" for reader in readers)
-            if all(path in paths for path in found):
-                yield f"{stack}.{layer}.{source}", found
+            found, read = (
+                tuple(f"{stack}.{layer}.{reader}" for reader in readers),
+                f"{stack}.{layer}.{source}",
+            )
+            if all(path in paths for path in found) and (source not in weights or read in paths):
+                yield read, found
 
 
 POSITIONS = ("position_embeddings", "wpe")  # what tables of learned positions are called, whatever the family

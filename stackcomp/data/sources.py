@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,14 @@ def _frozen(split: str, row: Any) -> dict[str, Any]:
             else {column: value}
         )
         found |= {name: _fixed(part) for name, part in parts.items()}
+    for column, value in found.items():
+        try:
+            hash(value)
+        except TypeError as error:
+            raise DataError(
+                f"split {split!r}: column {column!r} holds {value!r}, which is no value that can be kept: give numbers, texts or lists of "
+                "them, or leave the column out"
+            ) from error
     return found
 
 
@@ -160,6 +168,14 @@ def as_source(source: Any, config: str | None = None) -> Source:
     if Path(source).suffix.lower() in FORMATS:
         return files({"train": source})
     return Hub(path=str(source), config=config, local=config)
+
+
+def anywhere(source: Source) -> Source | None:
+    """What a source says of its data wherever they lie: rows themselves, the names of files without their folders. None of a data set or a
+    package, which the name of a task stands for."""
+    if isinstance(source, Files):
+        return replace(source, paths=tuple((split, Path(path).name) for split, path in source.paths))
+    return source if isinstance(source, Rows) else None
 
 
 def load_splits(source: Source) -> "dict[str, Dataset]":

@@ -158,6 +158,17 @@ class Task:
         return tuple(str(number) for number in range(top + 1))
 
     @property
+    def label_range(self) -> tuple[float, float]:
+        """The least and the greatest label of the training split, of regression and similarity. Raises DataError where all are the same."""
+        targets = self._targets(self.dataset("train"), "train")
+        low, high = min(targets), max(targets)
+        if low == high:
+            raise DataError(
+                f"task {self.name!r}: every label of the training split is {low:g}, which teaches nothing: give rows that differ"
+            )
+        return low, high
+
+    @property
     def num_labels(self) -> int:
         """Outputs of the model's head: classes, 1 for regression, 2 (first and last token) for question
         answering, 0 where there is no head of the task's own."""
@@ -273,6 +284,8 @@ class Task:
         for split in ROLES:
             named = getattr(self, split)
             if isinstance(named, str) and named not in loaded:
+                continue
+            if isinstance(named, int) and not self._from_train(loaded, split).num_rows:
                 continue
             part = self.dataset(split)
             whole.update(f"\n{split} {part.num_rows}\n".encode())

@@ -121,7 +121,7 @@ def similarity(
     max_length: int = 128,
 ) -> Task:
     """Compare two texts by the cosine of their embeddings (mean over tokens of the encoder's last hidden
-    states): no head, no training."""
+    states), without a head."""
     return Task(
         name=name or _name(source),
         source=as_source(source, config),

@@ -1,6 +1,6 @@
 """SmoothQuant: outliers of inputs move into weights, before both are rounded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -8,7 +8,7 @@ from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import NothingToCompress, UnsupportedModel
 from stackcomp.core.facts import Fact, facts
-from stackcomp.core.families import FAMILIES, readings
+from stackcomp.core.families import FAMILIES, Family, readings
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import whole, within
@@ -59,10 +59,11 @@ class SmoothQuant(Pass):
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         paths = [weight.id for weight in weights]
-        if not any(True for family in FAMILIES.values() for _ in readings(family, paths)):
+        shapes = {weight.id: (weight.rows, weight.cols) for weight in weights if len(weight.paths) == 1}
+        if not any(_folds(family, shapes) for family in FAMILIES.values()):
             raise NothingToCompress(
                 f"SmoothQuant: none of the {len(paths)} selected weights ({', '.join(paths[:3])}) alone reads what can be rescaled; "
-                f"select whole layers of one of the families {', '.join(FAMILIES)}"
+                f"select whole layers that share no weights (put it before ShareLayers) of one of the families {', '.join(FAMILIES)}"
             )
 
     def apply(self, model: "PreTrainedModel", context: "Context") -> Findings:
@@ -73,17 +74,10 @@ class SmoothQuant(Pass):
                 "norms; leave it out, or add a line to stackcomp/core/families.py"
             )
         handles = nn.weights(model)
-        alone = {id_ for id_ in context.targets if len(handles[id_].spec.paths) == 1}
-        folds = {
-            source: readers
-            for source, readers in readings(FAMILIES[kind], alone)
-            if source not in handles
-            or (source in alone and handles[source].spec.rows == handles[readers[0]].spec.cols)
-        }
-        if not folds:
-            raise NothingToCompress(
-                "SmoothQuant: layers share all weights that read what can be rescaled; leave it out, or put it before ShareLayers"
-            )
+        specs = [handles[id_].spec for id_ in context.targets]
+        folds = _folds(
+            FAMILIES[kind], {spec.id: (spec.rows, spec.cols) for spec in specs if len(spec.paths) == 1}
+        )
         first = {source: handles[readers[0]].modules for source, readers in folds.items()}
         found = data.Calibration.of(model, context, self.samples).largest_inputs(
             model, first, progress=context.progress
@@ -105,3 +99,13 @@ class SmoothQuant(Pass):
         columns = torch.stack([handle.dense().float().abs().amax(0) for handle in readers]).amax(0)
         factors = inputs**self.strength / columns ** (1 - self.strength)
         return torch.where((inputs > 0) & (columns > 0), factors, 1.0)
+
+
+def _folds(family: Family, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[str, ...]]:
+    """What of a family's layers can be rescaled, and the weights that alone read it, all with rows and columns in `shapes`; a weight among
+    them only where it has one row for each column of these."""
+    return {
+        source: readers
+        for source, readers in readings(family, shapes)
+        if source not in shapes or shapes[source][0] == shapes[readers[0]][1]
+    }

@@ -245,7 +245,7 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
         tell(f"rung {place}: the best {min(count, len(going))} of {len(best)} pipelines")
         best = walk.rank([choice for choice, _ in going[:count]], rung, place)
     finished = walk.finished(best)
-    choice, searched = min(finished, key=lambda one: (not asked.reaches(one[1]), asked.cost(one[1])))
+    choice, searched = min(finished, key=lambda one: (max(0.0, asked.missed(one[1])), asked.cost(one[1])))
     (chosen,) = walk.run([asked.final(choice)]).values()
     if "error" in chosen:
         raise StudyRefused(

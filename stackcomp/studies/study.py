@@ -23,6 +23,7 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.core.plan import Plan
 from stackcomp.core.settings import switch, whole
+from stackcomp.data.sources import anywhere
 from stackcomp.loading import outline
 from stackcomp.manager import check, plan_of
 
@@ -144,7 +145,7 @@ class Entry:
     @cached_property
     def task_digest(self) -> str:
         """A digest of how the task is declared, but for where its data lie, which differs between machines."""
-        return digest(repr(replace(self.task, source=None)))[:12]
+        return digest(repr(replace(self.task, source=anywhere(self.task.source))))[:12]
 
     @cached_property
     def steps(self) -> tuple[str, ...]:

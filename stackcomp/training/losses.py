@@ -7,6 +7,7 @@ example in the training data, by which a loss may keep what it computed once.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,11 +68,10 @@ class TaskLoss(Loss):
     """The task's own loss on labels: cross-entropy for classes and next tokens, and for first and last tokens
     of answers (their mean; padding is no place to point to), squared error for numbers.
 
-    For similarity the squared error of the cosine against labels scaled by `similarity_range` to [0, 1].
+    For similarity the squared error of the cosine against labels scaled to [0, 1], by the task's `label_range`.
     """
 
     task: "Task"
-    similarity_range: tuple[float, float] = (0.0, 5.0)
 
     def prepare(self, preparation: Preparation) -> None:
         """Nothing: the labels are all it takes."""
@@ -82,11 +82,15 @@ class TaskLoss(Loss):
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.task.kind == "similarity":
             first, second = _pooled(model(**_tokens(batch)).last_hidden_state, batch).chunk(2)
-            low, high = self.similarity_range
+            low, high = self._range
             return functional.mse_loss(
                 functional.cosine_similarity(first, second), (batch["labels"] - low) / (high - low)
             )
         return self.of_logits(_logits(model(**_tokens(batch)), batch, self.task), batch["labels"])
+
+    @cached_property
+    def _range(self) -> tuple[float, float]:
+        return self.task.label_range
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of a head's outputs; for answers logits are (2 texts x tokens), as `labels` are flattened."""

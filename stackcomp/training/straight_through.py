@@ -45,22 +45,19 @@ class Start:
 
 
 class Latent(nn.Module):
-    """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all.
-
-    bias: that of the layer, whose own it stays."""
+    """The dense weight behind one factorized weight, in float32, and the state of its factorization; the loop's checkpoints hold it all."""
 
     weight: nn.Parameter  # W, n x m
     shift: Tensor
     basis: Tensor
     code: Tensor
     mask: Tensor
+    raised: Tensor | None  # n: what projections have added to the layer's bias, where it takes up their mean
 
-    def __init__(
-        self, factors: DenseSparseFactors, start: Start | None = None, bias: nn.Parameter | None = None
-    ) -> None:
+    def __init__(self, factors: DenseSparseFactors, start: Start | None = None) -> None:
         super().__init__()
         start = start or Start()
-        self._mean, self._bias = start.mean, (bias,)  # in a tuple it is no parameter of this module
+        self._mean = start.mean
         product = factors.product()
         blocks, atoms, _ = factors.basis.shape
         spans, nonzeros = factors.support.shape[1:]
@@ -80,6 +77,7 @@ class Latent(nn.Module):
         self.register_buffer("shift", product - self.weight.detach())
         for name in ("basis", "code", "mask"):
             self.register_buffer(name, getattr(self._factorizer, name).clone())
+        self.register_buffer("raised", None if start.mean is None else product.new_zeros(len(product)))
 
     def forward(self) -> Tensor:
         """W'."""
@@ -98,9 +96,8 @@ class Latent(nn.Module):
         for name in ("basis", "code", "mask"):
             getattr(self, name).copy_(getattr(factorizer, name))
         self.shift.copy_(factorizer.product() - self.weight)
-        (bias,) = self._bias
-        if bias is not None and self._mean is not None:
-            bias += (was - self()) @ self._mean
+        if self._mean is not None and self.raised is not None:
+            self.raised += (was - self()) @ self._mean
         return float((before & ~self.mask).sum() / before.sum())
 
     def factors(self) -> DenseSparseFactors:
@@ -120,7 +117,12 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's outputs, in the dtype of x."""
-        return nn.functional.linear(x, self.latent().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.latent().to(x.dtype), self.raised_bias())
+
+    def raised_bias(self) -> Tensor | None:
+        """b with what the projections have added to it."""
+        raised = self.latent.raised
+        return self.bias if self.bias is None or raised is None else self.bias + raised
 
 
 def projects(handle: WeightHandle) -> bool:
@@ -140,7 +142,7 @@ def straightened(model: "PreTrainedModel", starts: Mapping[str, Start]) -> Itera
     """Train the dense-sparse weights of `starts` through their projections as long as the context lasts; afterwards the model holds the
     factors of the last projection."""
     handles = {id_: handle for id_, handle in weights(model).items() if id_ in starts}
-    latents = {id_: Latent(_factors(handle), starts[id_], handle.bias) for id_, handle in handles.items()}
+    latents = {id_: Latent(_factors(handle), starts[id_]) for id_, handle in handles.items()}
     places = [_layers(model, handle.spec) for handle in handles.values()]
     for place, latent in zip(places, latents.values(), strict=True):
         made: dict[int, LatentLinear] = {}
@@ -153,6 +155,9 @@ def straightened(model: "PreTrainedModel", starts: Mapping[str, Start]) -> Itera
             for name, layer in place.items():
                 _set(model, name, layer)
     for id_, latent in latents.items():
+        bias, raised = handles[id_].bias, latent.raised
+        if bias is not None and raised is not None:
+            bias.data += raised
         found = latent.factors()
         factorize(
             model,

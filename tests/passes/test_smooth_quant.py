@@ -113,8 +113,10 @@ def test_weights_and_models_that_cannot_be_reached_are_refused(tokenizer, tmp_pa
         sc.check(sc.SmoothQuant(only="pooler.dense"), toys.classifier("bert"))
     shared = toys.classifier("llama")
     apply(sc.ShareLayers(), shared, tokenizer, tmp_path)
-    with pytest.raises(NothingToCompress, match="layers share all weights"):
+    with pytest.raises(NothingToCompress, match="that share no weights"):
         apply(sc.SmoothQuant(), shared, tokenizer, tmp_path)
+    with pytest.raises(NothingToCompress, match="none of the 2 selected weights"):  # what reads, without what is read
+        sc.check(sc.SmoothQuant(only="*.attention.output.dense"), toys.classifier("bert"))
     with pytest.raises(SettingError, match=r"strength=1\.5"):
         sc.SmoothQuant(strength=1.5)
     config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

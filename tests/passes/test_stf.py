@@ -12,7 +12,7 @@ from stackcomp.core.errors import NothingToCompress, PipelineRefused, SettingErr
 from stackcomp.manager import plan_of
 from stackcomp.nn import CompressedLayer
 from stackcomp.ops import Factorizer, dense_sparse
-from stackcomp.training.straight_through import Latent, Start
+from stackcomp.training.straight_through import Latent, LatentLinear, Start
 from tests import toys
 from tests.passes.test_conformance import apply
 
@@ -84,14 +84,16 @@ def test_a_latent_that_starts_dense_moves_the_support_before_anything_has_traine
 
 def test_the_bias_takes_up_the_mean_of_what_a_projection_changes():
     weight, inputs = noise(24, 16), noise(500, 16, 1) + 3.0
-    mean, bias = inputs.mean(0), torch.nn.Parameter(torch.zeros(24))
+    mean = inputs.mean(0)
     metric = ops.whitener((inputs - mean).T @ (inputs - mean) / 500, damping=1e-4)
     start = Start(inputs=metric, mean=mean, dense=weight)
-    latent = Latent(dense_sparse(weight, atoms=6, nonzeros=2, sweeps=1), start, bias)
-    before = (latent() @ mean).detach()
+    latent = Latent(dense_sparse(weight, atoms=6, nonzeros=2, sweeps=1), start)
+    layer = LatentLinear(latent, torch.nn.Parameter(torch.ones(24)))
+    before = layer(mean).detach()
     latent.project()
-    assert float((latent().detach() @ mean - before).abs().max()) > 0.1
-    torch.testing.assert_close((latent() @ mean + bias).detach(), before, atol=1e-4, rtol=1e-4)
+    assert float((latent().detach() @ mean + 1.0 - before).abs().max()) > 0.1
+    torch.testing.assert_close(layer(mean).detach(), before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(layer.bias, torch.ones(24))
     assert [name for name, _ in latent.named_parameters()] == ["weight"]
 
 
@@ -231,10 +233,12 @@ def support(model, id_) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("stop", "latent", "sensitivity"), [(2, "dense", False), (5, "product", False), (8, "dense", True)]
+    ("stop", "latent", "sensitivity", "frozen"),
+    [(2, "dense", False, None), (5, "product", False, "*.bias"), (8, "dense", True, None)],
 )
-def test_a_killed_run_resumes_to_the_same_weights(stop, latent, sensitivity, tokenizer, tmp_path):
-    step = sc.STF(**{**QUICK, "steps": 10}, every=2, save_every=2, latent=latent, sensitivity=sensitivity)
+def test_a_killed_run_resumes_to_the_same_weights(stop, latent, sensitivity, frozen, tokenizer, tmp_path):
+    settings = {**QUICK, "steps": 10, "frozen": frozen}
+    step = sc.STF(**settings, every=2, save_every=2, latent=latent, sensitivity=sensitivity)
 
     def run(scratch, progress):
         model = toys.bert_classifier()
