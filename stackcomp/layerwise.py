@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from stackcomp import data, nn, ops
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import UnreachableRatio
-from stackcomp.core.facts import Fact, facts
+from stackcomp.core.facts import Fact, Facts, facts
 from stackcomp.core.ledger import LEFT_DENSE
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import PlannedWeight
@@ -153,6 +153,7 @@ class FactorizingPass(Pass):
     value_bits: float | None = None
 
     idle: ClassVar[Mapping[str, Any]] = {"ratio": 1.0}
+    becomes: ClassVar[tuple[Mapping[str, Facts], ...]] = ({"basis": FACTOR, "coefficients": FACTOR},)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,9 +165,19 @@ class FactorizingPass(Pass):
         if self.value_bits is not None:
             within("value_bits", self.value_bits, 1.0, 32.0)
 
+    @property
+    def contract(self) -> Contract:
+        return Contract(
+            requires=facts(Fact.FLOAT, Fact.DENSE),
+            forbids=facts(Fact.FACTOR),
+            becomes=self.becomes if self.ratio > 1 else (),
+            may_leave=True,
+            needs=frozenset({Need.CALIBRATION}) if self.data_aware and self.ratio > 1 else frozenset(),
+        )
+
     @abstractmethod
-    def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
-        """Ways to store each layer, with their bytes, predicted error in the layer's metric, and choice."""
+    def _priced(self, layer: Layer) -> "list[Candidate]":
+        """Ways to store the layer, with their bytes, predicted error in its metric, and choice."""
 
     @abstractmethod
     def _build(self, layer: Layer, choice: Any, seed: int) -> "tuple[DenseSparseFactors, Any]":
@@ -218,14 +229,14 @@ class FactorizingPass(Pass):
         layers = self._layers(model, context)
         candidates = {
             id_: [
-                ops.Candidate(size_bytes=layers[id_].size_bytes, error=0.0, choice=None),
+                ops.Candidate(size_bytes=layer.size_bytes, error=0.0, choice=None),
                 *(
-                    replace(option, error=option.error / layers[id_].scale)
-                    for option in priced
-                    if option.size_bytes < layers[id_].size_bytes
+                    replace(option, error=option.error / layer.scale)
+                    for option in self._priced(layer)
+                    if option.size_bytes < layer.size_bytes
                 ),
             ]
-            for id_, priced in self._price(layers, context).items()
+            for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
         }
         built: dict[str, Any] = {}
         taken = self._share(candidates, layers)
@@ -332,7 +343,7 @@ class WeightedSVDPass(Pass):
         return Contract(
             requires=facts(Fact.FLOAT, Fact.DENSE),
             forbids=facts(Fact.FACTOR),
-            becomes=({"basis": FACTOR, "coefficients": FACTOR},),
+            becomes=({"basis": FACTOR, "coefficients": FACTOR},) if self.ratio > 1 else (),
             may_leave=True,
             needs=frozenset({self.needs}) if self.ratio > 1 else frozenset(),
         )

@@ -194,7 +194,7 @@ class NarrowingPass(Pass):
         """Leave of the units of every layer those that `kept` names by the id of the weight out of them."""
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        stack, part = self._part(path for weight in plan.weights for path in weight.paths)
+        stack, part = self._part(plan.paths)
         inside = {*part.into, part.out_of}
         return tuple(
             weight.id

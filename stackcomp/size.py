@@ -183,7 +183,7 @@ def _reshaped(plan: Plan, found: Mapping[str, _Weight]) -> dict[str, _Weight]:
 def _left(plan: Plan, rest: Sequence[_Tensor]) -> list[_Tensor]:
     """The tensors beside the weights once layers went or became narrower: those of layers that the plan lacks go, and a bias is as long
     as its weight has rows. (All layers are alike, so that it does not matter which stay.)"""
-    stack = stack_of(path for weight in plan.weights for path in weight.paths)
+    stack = stack_of(plan.paths)
     rows = {f"{path}.bias": weight.rows for weight in plan.weights for path in weight.paths}
     there = [
         tensor for tensor in rest if (place := stack.split(tensor.path)) is None or place[0] < stack.count

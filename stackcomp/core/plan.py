@@ -5,7 +5,7 @@ layer too small to gain is left as it was, and only the run tells which): a plan
 the run finds must be among them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +48,11 @@ class Plan:
 
     weights: tuple[PlannedWeight, ...]
     head_features: int | None = None
+
+    @property
+    def paths(self) -> Iterator[str]:
+        """Where the weights are, one after the other."""
+        return (path for weight in self.weights for path in weight.paths)
 
     @staticmethod
     def of(specs: Iterable[WeightSpec], *, head_features: int | None = None) -> "Plan":

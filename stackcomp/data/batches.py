@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from stackcomp.core.errors import SettingError
@@ -121,3 +121,10 @@ class Collator:
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     width = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (texts x tokens x width) as one vector a text (texts x width): their mean where `mask` (texts x tokens) is 1, in
+    float32."""
+    real = mask.unsqueeze(-1).float()
+    return (hidden.float() * real).sum(1) / real.sum(1)

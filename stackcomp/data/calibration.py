@@ -5,7 +5,7 @@ Letters: m input features of a layer, X (m x tokens) its inputs over all real to
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.core.errors import DataError, TooLittleCalibration, UnsupportedModel
 from stackcomp.data.batches import Collator, inference_batches, lengths_of
-from stackcomp.nn import WeightHandle, position_tables, weights
+from stackcomp.nn import WeightHandle, evaluating, position_tables, weights
 from stackcomp.ops import Whitener, whitener
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Calibration:
             count[name] += x.shape[0]
             tickets[name].append(ticket)
 
-        with _running(model), _Listening(modules, listen) as listening:
+        with evaluating(model), torch.no_grad(), _Listening(modules, listen) as listening:
             for batch in progress(self.batches(model), label="calibrating", total=len(self)):
                 listening.run(model, batch)
         _refuse_unreached(count)
@@ -196,7 +196,7 @@ class Calibration:
 
             return hook
 
-        with _running(model), ExitStack() as hooks:
+        with evaluating(model), torch.no_grad(), ExitStack() as hooks:
             for place, layer in enumerate(layers):
                 hooks.callback(layer.register_forward_hook(listen(place), with_kwargs=True).remove)
             for batch in progress(self.batches(model), label="influence", total=len(self)):
@@ -222,7 +222,7 @@ class Calibration:
             found[name] = fold(found[name], part) if name in found else part
             count[name] += x.shape[0]
 
-        with _running(model), _Listening(modules, listen) as listening:
+        with evaluating(model), torch.no_grad(), _Listening(modules, listen) as listening:
             for batch in progress(self.batches(model), label="calibrating", total=len(self)):
                 listening.run(model, batch)
         _refuse_unreached(count)
@@ -335,15 +335,3 @@ def _warn_if_short(moments: Mapping[str, SecondMoment]) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next((part.device for part in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def _running(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from stackcomp.core.context import Context, Progress, quiet
 from stackcomp.core.errors import UnsupportedModel
-from stackcomp.data.batches import Collator, inference_batches, lengths_of
+from stackcomp.data.batches import Collator, inference_batches, lengths_of, mean_over_tokens
 from stackcomp.data.calibration import Calibration, Modules, each
 from stackcomp.data.question_answering import position_logits
-from stackcomp.nn import WeightHandle
+from stackcomp.nn import WeightHandle, evaluating
 
 TEMPERATURE = 4.0  # of predicted classes
 PROBES = 1  # random draws a batch: many texts say more than many draws
@@ -158,8 +158,7 @@ def _probe(said: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -
     if "start_logits" in said:
         return _log_chance(position_logits(said, batch["attention_mask"]).flatten(0, 1), generator)
     if "logits" not in said:
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        mean = (said.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+        mean = mean_over_tokens(said.last_hidden_state, batch["attention_mask"])
         return (functional.normalize(mean, dim=-1) * _signs(mean, generator)).sum()
     logits = said.logits.float()
     if logits.shape[-1] == 1:
@@ -230,16 +229,12 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Run in eval mode with gradients on and no parameter that requires one; gives modes and flags back."""
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
         for parameter in flags:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module, training in modes.items():
-            module.training = training

@@ -3,8 +3,6 @@ from .cost import PeakMemory as PeakMemory
 from .cost import bytes_of_file as bytes_of_file
 from .cost import latency as latency
 from .cost import latency_inputs as latency_inputs
-from .cost import macs as macs
-from .cost import parameters as parameters
 from .machine import bf16_pays as bf16_pays
 from .machine import instructions as instructions
 from .quality import Difference as Difference

@@ -1,5 +1,4 @@
-"""What a model takes: bytes of its file by tensor, parameters, operations, time and memory. Units are in
-the names."""
+"""What a model takes: bytes of its file by tensor, time and memory. Units are in the names."""
 
 import itertools
 import statistics
@@ -14,10 +13,10 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from stackcomp.core.errors import SettingError
 from stackcomp.core.headers import read_header
+from stackcomp.nn.modes import evaluating
 
 HEADER = "(header)"
 
@@ -30,20 +29,6 @@ def bytes_of_file(path: Path | str) -> dict[str, int]:
     header, header_bytes = read_header(Path(path))
     spans = {name: entry["data_offsets"] for name, entry in header.items()}
     return {HEADER: header_bytes} | {name: end - start for name, (start, end) in spans.items()}
-
-
-def parameters(model: nn.Module) -> int:
-    """Numbers a model learns or learnt: elements of its parameters, a shared one counted once; index and
-    scale buffers are not in it."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def macs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
-    """Multiply-accumulates of the matrix products of one forward pass, as torch's own counter sees them
-    (half its FLOPs)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +44,6 @@ class Latency:
     batch: int
     length: int
     dtype: str
-    baseline_dtype: str
     device: str
 
 
@@ -80,22 +64,15 @@ def latency(
     if repeats < 1:
         raise SettingError(f"latency: repeats={repeats} must be at least 1")
     device = next(model.parameters()).device
-    modes = {module: module.training for part in (model, baseline) for module in part.modules()}
-    model.eval()
-    baseline.eval()
     times: dict[bool, list[float]] = {False: [], True: []}
-    try:
-        with torch.inference_mode():
-            for turn, ours in itertools.product(range(-warmup, repeats), (True, False)):
-                _wait(device)
-                start = clock()
-                (model if ours else baseline)(**inputs)
-                _wait(device)
-                if turn >= 0:
-                    times[ours].append(1000 * (clock() - start))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model, baseline), torch.inference_mode():
+        for turn, ours in itertools.product(range(-warmup, repeats), (True, False)):
+            _wait(device)
+            start = clock()
+            (model if ours else baseline)(**inputs)
+            _wait(device)
+            if turn >= 0:
+                times[ours].append(1000 * (clock() - start))
     batch, length = inputs["input_ids"].shape
     return Latency(
         ms=statistics.median(times[True]),
@@ -106,7 +83,6 @@ def latency(
         batch=batch,
         length=length,
         dtype=_dtype(model),
-        baseline_dtype=_dtype(baseline),
         device=str(device),
     )
 

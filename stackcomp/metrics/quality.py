@@ -12,7 +12,6 @@ numbers, similarities, and negative log likelihoods of a token, meaned over a wi
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,10 @@ from torch.nn import functional
 
 from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import BadWeights, DataError
-from stackcomp.data.batches import IGNORED_LABEL, Collator, inference_batches, lengths_of
+from stackcomp.data.batches import IGNORED_LABEL, Collator, inference_batches, lengths_of, mean_over_tokens
 from stackcomp.data.question_answering import NOWHERE, position_logits
 from stackcomp.metrics import answers
+from stackcomp.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -242,7 +242,7 @@ def evaluate(
     batches = _batches(
         model, tokenizer, columns, batch_size=batch_size, label=f"evaluating {task.name}", progress=progress
     )
-    with _inference(model):
+    with evaluating(model), torch.inference_mode():
         if windows:
             outcomes, outputs = _answered(model, task, windows, questions, batches), None
         else:
@@ -259,9 +259,7 @@ def evaluate(
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Sentence embeddings (texts x width): the mean of the last hidden states over real tokens, in
     float32."""
-    hidden = model(**batch).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1)
+    return mean_over_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
 
 
 def _batches(
@@ -349,15 +347,3 @@ def _outcomes(model: nn.Module, batch: dict[str, Tensor], kind: str) -> tuple[Ar
             outputs = logits - logits.mean(-1, keepdim=True)
     told = (found if outputs is None else outputs).view(len(found), -1)
     return torch.stack([found.double(), labels.double()], dim=1).cpu().numpy(), told.double().cpu().numpy()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

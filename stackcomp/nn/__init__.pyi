@@ -12,6 +12,7 @@ from .layers import CompressedEmbedding as CompressedEmbedding
 from .layers import CompressedLayer as CompressedLayer
 from .layers import CompressedLinear as CompressedLinear
 from .matrix import StoredMatrix as StoredMatrix
+from .modes import evaluating as evaluating
 from .products import Product as Product
 from .products import products as products
 from .quantizer import code as code

@@ -10,6 +10,7 @@ Letters: a factorized matrix has n rows and m columns; k blocks, b atoms and s n
 import ctypes
 import os
 import sys
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,25 +114,17 @@ def most_nonzeros(
     rows: int, columns: int, *, atoms: int, size_bytes: float, blocks: int = 1, value_bytes: float = 4
 ) -> int:
     """The largest s whose factorization fits in `size_bytes`, 0 where not even s = 1 does."""
-    low, high = (
-        0,
-        atoms // 2,
-    )  # the support is dearest at b/2: below it size rises with s, so halving finds the largest
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = size_bytes >= dense_sparse_bytes(
-            rows, columns, atoms=atoms, nonzeros=middle, blocks=blocks, value_bytes=value_bytes
-        )
-        low, high = (middle, high) if fits else (low, middle - 1)
-    larger = (
-        nonzeros
-        for nonzeros in range(atoms, max(low, atoms // 2), -1)
-        if size_bytes
-        >= dense_sparse_bytes(
+
+    def too_large(nonzeros: int) -> bool:
+        return size_bytes < dense_sparse_bytes(
             rows, columns, atoms=atoms, nonzeros=nonzeros, blocks=blocks, value_bytes=value_bytes
         )
-    )
-    return next(larger, low)
+
+    half = (
+        atoms // 2
+    )  # where the support is dearest: below it size rises with s, so halving finds the largest
+    below = bisect(range(1, half + 1), False, key=too_large)
+    return next((nonzeros for nonzeros in range(atoms, half, -1) if not too_large(nonzeros)), below)
 
 
 def shape_of_size(

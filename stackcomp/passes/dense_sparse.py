@@ -7,16 +7,14 @@ from math import log
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stackcomp import ops
-from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import SettingError
-from stackcomp.core.facts import Fact, facts
+from stackcomp.core.facts import Fact, Facts, facts
 from stackcomp.core.plan import PlannedWeight
 from stackcomp.core.settings import one_of, whole
 from stackcomp.core.spec import WeightSpec
 from stackcomp.layerwise import FactorizingPass, Layer
 
 if TYPE_CHECKING:
-    from stackcomp.core.context import Context
     from stackcomp.ops.allocate import Candidate
     from stackcomp.ops.factorize import DenseSparseFactors
 
@@ -89,6 +87,10 @@ class DenseSparse(FactorizingPass):
     sweeps: int = 6
 
     paper: ClassVar[str] = "Chand et al., DSFormer, arXiv:2312.13211"
+    becomes: ClassVar[tuple[Mapping[str, Facts], ...]] = (
+        {"basis": DENSE, "coefficients": SPARSE},
+        {"basis": DENSE, "coefficients": DENSE},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,16 +114,6 @@ class DenseSparse(FactorizingPass):
         elif self.groups != 1:
             raise SettingError(f"groups={self.groups!r} needs a shape: give atoms and nonzeros, too")
         one_of("orientation", self.orientation, ("auto", "rows", "columns"))
-
-    @property
-    def contract(self) -> Contract:
-        return Contract(
-            requires=facts(Fact.FLOAT, Fact.DENSE),
-            forbids=facts(Fact.FACTOR),
-            becomes=({"basis": DENSE, "coefficients": SPARSE}, {"basis": DENSE, "coefficients": DENSE}),
-            may_leave=True,
-            needs=frozenset({Need.CALIBRATION}) if self.data_aware and self.ratio > 1 else frozenset(),
-        )
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
         for weight in weights:
@@ -150,21 +142,14 @@ class DenseSparse(FactorizingPass):
         return {id_: options[-1] for id_, options in candidates.items()}
 
     def _smallest(self, rows: int, cols: int) -> float:
-        return (rows + cols) * max(
-            1, int(rows * cols / RATIOS[-1] / (rows + cols))
-        )  # the lowest rank that is tried
-
-    def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
-        return {
-            id_: self._priced(layer)
-            for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
-        }
+        lowest = self._form(rows, cols).rank(RATIOS[-1])
+        return (rows + cols) * max(1, lowest)
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
         """Low rank at every ratio, and dense-sparse where it is expected to be better; or the one shape that was asked for."""
         form = self._form(*layer.weight.shape, shaping=FEW if layer.few_directions else MANY)
         if asked := self._asked(*layer.weight.shape):
-            size = ops.dense_sparse_bytes(form.rows, form.columns, value_bytes=layer.value_bytes, **asked)
+            size = form.bytes(layer.value_bytes, **asked)
             return [ops.Candidate(size_bytes=size, error=0.0, choice=_Choice(shape=asked))]
         errors = ops.rank_errors(layer.weight, inputs=layer.inputs, outputs=layer.outputs)
         tries = list(self._tried(form, layer.value_bytes))
@@ -186,18 +171,15 @@ class DenseSparse(FactorizingPass):
             # an error is that of a shape, and gains were measured where values have their own bits
             alike = tried.ratio if self.value_bits is None else form.ratio(**tried.shape)
             gain = _interpolated(form.gains, alike)
-            if gain < 1:
-                size = ops.dense_sparse_bytes(
-                    form.rows, form.columns, value_bytes=layer.value_bytes, **tried.shape
-                )
-                reached = tried.rank if self.value_bits is None else form.rank(alike)
-                choice = _Choice(shape=tried.shape)
-                if self.value_bits is None:  # errors do not tell what rounding will make of both
-                    rivals = (option for option in low_rank if option.size_bytes <= size)
-                    rival = min(rivals, key=lambda option: option.error, default=None)
-                    choice = replace(rival.choice, shape=tried.shape) if rival else choice
-                error = gain * float(errors[reached])
-                sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
+            if gain >= 1:
+                continue
+            size = form.bytes(layer.value_bytes, **tried.shape)
+            # errors do not tell what rounding will make of both
+            rivals = () if self.value_bits else (option for option in low_rank if option.size_bytes <= size)
+            rival = min(rivals, key=lambda option: option.error, default=None)
+            choice = replace(rival.choice if rival else _Choice(), shape=tried.shape)
+            error = gain * float(errors[form.rank(alike)])
+            sparse.append(ops.Candidate(size_bytes=size, error=error, choice=choice))
         return [*low_rank, *sparse]
 
     def _asked(self, rows: int, cols: int) -> dict[str, int] | None:
@@ -210,18 +192,16 @@ class DenseSparse(FactorizingPass):
     def _tried(self, form: "_Form", value_bytes: float) -> "Iterator[_Tried]":
         """The ratios at which a weight is priced, and what has about that size."""
         for ratio in RATIOS:
-            of_values = form.rows * form.columns / ratio  # what the bytes would hold, were all of them values
             atoms, nonzeros = ops.shape_of_size(
                 form.rows,
                 form.columns,
-                size_bytes=of_values * value_bytes,
+                size_bytes=form.rows * form.columns / ratio * value_bytes,
                 blocks=form.blocks,
                 value_bytes=value_bytes,
                 density=form.density,
             )
             shape = {"blocks": form.blocks, "atoms": atoms, "nonzeros": nonzeros}
-            rank = int(of_values / (form.rows + form.columns))
-            yield _Tried(ratio=ratio, rank=rank, shape=shape if 1 < nonzeros < atoms else None)
+            yield _Tried(ratio=ratio, rank=form.rank(ratio), shape=shape if 1 < nonzeros < atoms else None)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
         for shaping in (MANY, FEW) if self.data_aware and self.sensitivity else (MANY,):
@@ -298,7 +278,11 @@ class _Form:
 
     def ratio(self, **shape: int) -> float:
         """Dense bytes over those of dense-sparse factors of this shape, in float32."""
-        return 4 * self.rows * self.columns / ops.dense_sparse_bytes(self.rows, self.columns, **shape)
+        return 4 * self.rows * self.columns / self.bytes(4, **shape)
+
+    def bytes(self, value_bytes: float, **shape: int) -> int:
+        """Those of dense-sparse factors of this shape."""
+        return ops.dense_sparse_bytes(self.rows, self.columns, value_bytes=value_bytes, **shape)
 
     def rank(self, ratio: float) -> int:
         """The rank at which low rank has this ratio."""

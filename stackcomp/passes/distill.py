@@ -67,7 +67,7 @@ class Distill(TrainingPass):
     def selected(self, plan: Plan) -> tuple[str, ...]:
         if self.attention or self.relations:
             known_heads(plan.head_features, self.name)
-            attention_of(path for weight in plan.weights for path in weight.paths)
+            attention_of(plan.paths)
         return super().selected(plan)
 
     def _loss(self, context: "Context") -> "Loss":

@@ -8,7 +8,7 @@ from stackcomp import data, nn
 from stackcomp.core.contract import Contract, Need
 from stackcomp.core.errors import SettingError
 from stackcomp.core.facts import Fact, facts
-from stackcomp.core.families import Stack, stack_of
+from stackcomp.core.families import stack_of
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.settings import one_of, whole
@@ -75,7 +75,7 @@ class DropLayers(Pass):
         )
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        stack = _stack(plan)
+        stack = stack_of(plan.paths)
         return tuple(weight.id for weight in plan.weights if any(map(stack.split, weight.paths)))
 
     def examine(self, weights: Sequence[PlannedWeight]) -> None:
@@ -98,7 +98,7 @@ class DropLayers(Pass):
         return replace(self, keep=None, which=tuple(findings["kept"]))
 
     def reshape(self, plan: Plan) -> Plan:
-        stack = _stack(plan)
+        stack = stack_of(plan.paths)
         places = {old: new for new, old in enumerate(self.kept(stack.count))}
 
         def moved(path: str) -> str | None:
@@ -145,8 +145,3 @@ class DropLayers(Pass):
         if self.which in ("even", "influence"):
             return tuple(round((place + 1) * count / keep) - 1 for place in range(keep))
         return tuple(range(keep)) if self.which == "first" else tuple(range(count - keep, count))
-
-
-def _stack(plan: Plan) -> Stack:
-    """The stack of layers of a planned model."""
-    return stack_of(path for weight in plan.weights for path in weight.paths)

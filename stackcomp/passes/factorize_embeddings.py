@@ -47,7 +47,7 @@ class FactorizeEmbeddings(WeightedSVDPass):
         within("power", self.power, 0.0, 1.0)
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        words, *_ = vocabulary(path for weight in plan.weights for path in weight.paths)
+        words, *_ = vocabulary(plan.paths)
         return tuple(weight.id for weight in plan.weights if words in weight.paths)
 
     def _importance(

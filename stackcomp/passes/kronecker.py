@@ -66,7 +66,7 @@ class Kronecker(Pass):
         return Contract(
             requires=facts(Fact.FLOAT, Fact.DENSE),
             forbids=facts(Fact.FACTOR),
-            becomes=({"basis": SIDE, "coefficients": SIDE},),
+            becomes=({"basis": SIDE, "coefficients": SIDE},) if self.ratio > 1 else (),
             may_leave=True,
         )
 

@@ -1,17 +1,14 @@
 """Low-rank factorization by truncated singular values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stackcomp import ops
-from stackcomp.core.contract import Contract, Need
-from stackcomp.core.facts import Fact, facts
 from stackcomp.core.spec import WeightSpec
-from stackcomp.layerwise import FACTOR, FactorizingPass, Layer
+from stackcomp.layerwise import FactorizingPass, Layer
 
 if TYPE_CHECKING:
-    from stackcomp.core.context import Context
     from stackcomp.ops.allocate import Candidate
     from stackcomp.ops.factorize import DenseSparseFactors
 
@@ -35,28 +32,12 @@ class LowRank(FactorizingPass):
 
     paper: ClassVar[str] = "SVD-LLM, arXiv:2403.07378"
 
-    @property
-    def contract(self) -> Contract:
-        return Contract(
-            requires=facts(Fact.FLOAT, Fact.DENSE),
-            forbids=facts(Fact.FACTOR),
-            becomes=({"basis": FACTOR, "coefficients": FACTOR},),
-            may_leave=True,
-            needs=frozenset({Need.CALIBRATION}) if self.data_aware and self.ratio > 1 else frozenset(),
-        )
-
     def _smallest(self, rows: int, cols: int) -> float:
         return (rows + cols) * min(self._ranks(rows, cols), default=1)
 
     def _forms(self, spec: WeightSpec) -> Iterator[WeightSpec]:
         for rank in self._ranks(spec.rows, spec.cols):
             yield spec.as_product(atoms=rank)
-
-    def _price(self, layers: Mapping[str, Layer], context: "Context") -> "dict[str, list[Candidate]]":
-        return {
-            id_: self._priced(layer)
-            for id_, layer in context.progress(layers.items(), label="pricing", total=len(layers))
-        }
 
     def _priced(self, layer: Layer) -> "list[Candidate]":
         """The layer at every rank that is tried."""

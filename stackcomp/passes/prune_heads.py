@@ -40,7 +40,7 @@ class PruneHeads(NarrowingPass):
     paper: ClassVar[str] = "Michel et al., arXiv:1905.10650"
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        _, part = self._part(path for weight in plan.weights for path in weight.paths)
+        _, part = self._part(plan.paths)
         chosen = {*super().selected(plan), part.bias}
         return tuple(weight.id for weight in plan.weights if weight.id in chosen)
 
@@ -53,7 +53,7 @@ class PruneHeads(NarrowingPass):
             )
 
     def reshape(self, plan: Plan) -> Plan:
-        stack, part = self._part(path for weight in plan.weights for path in weight.paths)
+        stack, part = self._part(plan.paths)
         narrower = super().reshape(plan)
         found = {weight.id: weight for weight in narrower.weights}
         if part.bias not in found:

@@ -56,7 +56,7 @@ class PruneVocabulary(Pass):
         )
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        found = {*vocabulary(path for weight in plan.weights for path in weight.paths)}
+        found = {*vocabulary(plan.paths)}
         return tuple(weight.id for weight in plan.weights if found & {*weight.paths})
 
     @property

@@ -8,7 +8,7 @@ from stackcomp import nn
 from stackcomp.core.contract import Contract
 from stackcomp.core.errors import NothingToCompress, SettingError
 from stackcomp.core.facts import Fact, facts
-from stackcomp.core.families import Stack, stack_of
+from stackcomp.core.families import stack_of
 from stackcomp.core.passes import Findings, Pass
 from stackcomp.core.plan import Plan, PlannedWeight
 from stackcomp.core.settings import one_of, whole
@@ -78,7 +78,7 @@ class ShareLayers(Pass):
         return (spec.as_branched(rank=self.delta_rank) if self._branches else spec,)
 
     def selected(self, plan: Plan) -> tuple[str, ...]:
-        stack = _stack(plan)
+        stack = stack_of(plan.paths)
         if self.group > stack.count:
             raise SettingError(
                 f"ShareLayers: group={self.group} of {stack.count} layers: give at most {stack.count}"
@@ -175,8 +175,3 @@ def _products(left: "torch.Tensor", rank: int) -> "list[tuple[torch.Tensor, torc
     u, sigma, v = u[..., :rank], sigma[:, :rank], v[:, :rank]
     size = torch.where(sigma > 0, sigma.sqrt(), 1.0)
     return [*zip(u * (sigma / size)[:, None], size[..., None] * v, strict=True)]
-
-
-def _stack(plan: Plan) -> Stack:
-    """The stack of layers of a planned model."""
-    return stack_of(path for weight in plan.weights for path in weight.paths)

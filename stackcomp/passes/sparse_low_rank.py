@@ -66,7 +66,7 @@ class SparseLowRank(Pass):
         return Contract(
             requires=facts(Fact.FLOAT, Fact.DENSE),
             forbids=facts(Fact.FACTOR),
-            becomes=({"weight": SPARSE, "basis": FACTOR, "coefficients": FACTOR},),
+            becomes=({"weight": SPARSE, "basis": FACTOR, "coefficients": FACTOR},) if self.ratio > 1 else (),
             may_leave=True,
             needs=frozenset({Need.CALIBRATION}) if self.ratio > 1 else frozenset(),
         )

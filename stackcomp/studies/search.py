@@ -178,6 +178,10 @@ class Search:
         assert self.floor is not None
         return direction(row["metric"]) * (self.floor - row["score"])
 
+    def place(self, row: Row) -> tuple[float, float]:
+        """Where a finished row stands among those of the last rung: by how far it is from the bound, and within it by cost."""
+        return max(0.0, self.missed(row)), self.cost(row)
+
     def reaches(self, row: Row) -> bool:
         """Whether a finished row keeps to the goal's bound."""
         return self.missed(row) <= 0
@@ -245,7 +249,7 @@ def search(asked: Search, rows: Rows, out: Path, *, tell: Callable[[str], None] 
         tell(f"rung {place}: the best {min(count, len(going))} of {len(best)} pipelines")
         best = walk.rank([choice for choice, _ in going[:count]], rung, place)
     finished = walk.finished(best)
-    choice, searched = min(finished, key=lambda one: (max(0.0, asked.missed(one[1])), asked.cost(one[1])))
+    choice, searched = min(finished, key=lambda one: asked.place(one[1]))
     (chosen,) = walk.run([asked.final(choice)]).values()
     if "error" in chosen:
         raise StudyRefused(

@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
-from stackcomp.data.batches import IGNORED_LABEL, inference_batches
+from stackcomp.data.batches import IGNORED_LABEL, inference_batches, mean_over_tokens
 from stackcomp.data.question_answering import position_logits
+from stackcomp.nn.modes import evaluating
 from stackcomp.training.attention import Heads, caught, depth, relation_divergence, score_error
 from stackcomp.training.settings import check_distillation
 
@@ -81,7 +82,9 @@ class TaskLoss(Loss):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.task.kind == "similarity":
-            first, second = _pooled(model(**_tokens(batch)).last_hidden_state, batch).chunk(2)
+            first, second = mean_over_tokens(
+                model(**_tokens(batch)).last_hidden_state, batch["attention_mask"]
+            ).chunk(2)
             low, high = self._range
             return functional.mse_loss(
                 functional.cosine_similarity(first, second), (batch["labels"] - low) / (high - low)
@@ -210,11 +213,8 @@ class DistillationLoss(Loss):
         self, batch: Batch, layers: Sequence[int]
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Heads]]:
         """What the teacher says, its hidden states where these are compared, and the attention heads of its `layers`."""
-        modes = {module: module.training for module in self.teacher.modules()}
-        self.teacher.eval()
-        outputs, heads = self._run(self.teacher, batch, layers)
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(self.teacher):
+            outputs, heads = self._run(self.teacher, batch, layers)
         if self.hidden > 0 and outputs.get("hidden_states") is None:
             raise UnsupportedModel(
                 f"hidden={self.hidden}: {type(self.teacher).__name__} gives no one list of hidden states, as it has an encoder and a "
@@ -230,7 +230,7 @@ class DistillationLoss(Loss):
 
     def _compared(self, outputs: Any, batch: Batch) -> Tensor:
         if self.task.kind == "similarity":
-            return _pooled(outputs.last_hidden_state, batch)
+            return mean_over_tokens(outputs.last_hidden_state, batch["attention_mask"])
         return _logits(outputs, batch, self.task)
 
     def _of_outputs(self, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
@@ -287,8 +287,3 @@ def _logits(outputs: Any, batch: Batch, task: "Task") -> Tensor:
 
 def _tokens(batch: Mapping[str, Tensor]) -> Batch:
     return {key: value for key, value in batch.items() if key not in ("labels", "index")}
-
-
-def _pooled(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    return (hidden.float() * mask).sum(1) / mask.sum(1)

@@ -4,7 +4,7 @@ There, torch's fused attention (2.13) goes backward through bfloat16 several tim
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,15 +15,12 @@ from torch.overrides import TorchFunctionMode
 @contextmanager
 def precision(device: torch.device, *, bf16: bool) -> Generator[None]:
     """Run what is inside in bfloat16, where that is asked for; parameters stay as they are."""
-    if not bf16:
+    with ExitStack() as inside:
+        if bf16:
+            inside.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            if device.type == "cpu":
+                inside.enter_context(_WideAttention())
         yield
-        return
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        if device.type != "cpu":
-            yield
-            return
-        with _WideAttention():
-            yield
 
 
 class _WideAttention(TorchFunctionMode):

@@ -291,6 +291,20 @@ def test_rows_alone_are_the_training_split_and_may_come_one_by_one(tokenizer) ->
     assert len(alone.encode(tokenizer, "train")) > 0
     with pytest.raises(DataError, match="split 'train': 5 holds no rows"):
         tasks.classification({"train": 5})
+    with pytest.raises(DataError, match=r"column 'spans' holds .*leave the column out"):
+        tasks.classification([{"text": "a", "label": 0, "spans": [{"start": 1}]}])
+
+
+def test_a_digest_needs_no_split_that_nobody_can_carve() -> None:
+    few = tasks.classification({"train": TRAIN[:3], "test": TEST}, test="test", selection=1)
+    assert few.digest() != tasks.classification({"train": TRAIN[:2], "test": TEST}, test="test").digest()
+
+
+def test_labels_have_a_range_and_must_differ() -> None:
+    rows = [{"text": "good", "label": label} for label in (0.25, 0.0, 1.0)]
+    assert tasks.regression(rows, test=1, selection=1).label_range == (0.0, 1.0)
+    with pytest.raises(DataError, match="every label of the training split is 1"):
+        _ = tasks.regression(rows[2:], test=1, selection=1).label_range
 
 
 def test_digest_sees_texts_labels_and_settings() -> None:

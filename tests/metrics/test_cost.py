@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stackcomp.core.errors import CheckpointError, SettingError
-from stackcomp.metrics import PeakMemory, bytes_of_file, cost, latency, latency_inputs, macs, parameters
+from stackcomp.metrics import PeakMemory, bytes_of_file, cost, latency, latency_inputs
 
 
 class Toy(nn.Module):
@@ -54,17 +54,6 @@ def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message):
         bytes_of_file(path)
-
-
-def test_tied_parameters_count_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    assert parameters(model) == 32
-    model[1].weight = model[0].weight
-    assert parameters(model) == 16
-
-
-def test_macs_of_a_linear_layer() -> None:
-    assert macs(Toy(), {"input_ids": torch.ones(3, 8)}) == 3 * 8 * 4
 
 
 @pytest.mark.parametrize(("places", "length"), [({}, 128), (-1, 128), (None, 128), (40, 38)])

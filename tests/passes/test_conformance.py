@@ -10,7 +10,7 @@ import torch
 import stackcomp as sc
 from stackcomp import checkpoint, nn
 from stackcomp.core.context import Context, quiet
-from stackcomp.core.contract import legal
+from stackcomp.core.contract import legal, predict
 from stackcomp.core.errors import UnknownSetting
 from stackcomp.manager import Measuring, plan_of
 from stackcomp.passes import registered
@@ -163,5 +163,8 @@ def test_a_decoder_generates_the_same_after_it_reloads(step, family, tokenizer, 
 @pytest.mark.parametrize("name", sorted(name for name, cls in PASSES.items() if cls.idle is not None))
 def test_settings_that_ask_for_nothing_do_nothing(name, model, tokenizer, tmp_path):
     before = nn.weights_digest(model)
-    apply_alone(PASSES[name](**PASSES[name].idle), model, model, tokenizer, tmp_path, None)
+    step = PASSES[name](**PASSES[name].idle)
+    plan, after = predict([step], plan_of(model))
+    assert after == plan
+    apply_alone(step, model, model, tokenizer, tmp_path, None)
     assert nn.weights_digest(model) == before

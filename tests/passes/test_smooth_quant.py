@@ -115,7 +115,9 @@ def test_weights_and_models_that_cannot_be_reached_are_refused(tokenizer, tmp_pa
     apply(sc.ShareLayers(), shared, tokenizer, tmp_path)
     with pytest.raises(NothingToCompress, match="that share no weights"):
         apply(sc.SmoothQuant(), shared, tokenizer, tmp_path)
-    with pytest.raises(NothingToCompress, match="none of the 2 selected weights"):  # what reads, without what is read
+    with pytest.raises(
+        NothingToCompress, match="none of the 2 selected weights"
+    ):  # what reads, without what is read
         sc.check(sc.SmoothQuant(only="*.attention.output.dense"), toys.classifier("bert"))
     with pytest.raises(SettingError, match=r"strength=1\.5"):
         sc.SmoothQuant(strength=1.5)

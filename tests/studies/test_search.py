@@ -249,6 +249,18 @@ def test_a_goal_out_of_reach_is_said_with_what_comes_nearest(go, folder):
     )
 
 
+def test_where_no_pipeline_keeps_to_the_bound_the_nearest_one_is_chosen(folder):
+    def row(size, difference):
+        return {"metric": "accuracy", "difference": difference, "size_bytes": size, "output_error": 0.1}
+
+    near, small = row(8_000_000, -2.0), row(1_000_000, -3.5)
+    mine = asked(folder, loss=1.0)
+    assert mine.cost(small) < mine.cost(near)  # on the way, bytes count
+    assert mine.place(near) < mine.place(small)
+    kept, kept_smaller = row(9_000_000, 0.0), row(8_500_000, -0.5)
+    assert mine.place(kept_smaller) < mine.place(kept) < mine.place(near)
+
+
 def test_a_floor_is_a_score_and_not_a_loss(folder):
     mine = asked(folder, loss=None, floor=80.0)
     for metric, better, worse in (("accuracy", 81.0, 79.0), ("perplexity", 79.0, 81.0)):

@@ -6,6 +6,7 @@ import pytest
 
 import stackcomp as sc
 from stackcomp.core.errors import PipelineRefused, SelectionEmpty, SettingError, StudyRefused
+from stackcomp.data import sources
 from stackcomp.studies.forecast import duration, forecast
 from stackcomp.studies.rows import RECIPE
 from stackcomp.studies.study import _name
@@ -98,10 +99,26 @@ def test_a_row_is_an_entrys_when_all_of_the_declaration_agrees(folder):
     shorter = replace(pruned, task=replace(pruned.task, max_length=8))
     assert shorter.is_done(row)  # which does not say how its task was declared
     assert not shorter.is_done({**row, "task_digest": pruned.task_digest})
-    elsewhere = replace(pruned.task, source=sc.tasks.glue("sst2").source)
-    assert replace(pruned, task=elsewhere).is_done({**row, "task_digest": pruned.task_digest})
     other = sc.Entry(key="tuned", model=folder, pipeline=tuned.pipeline, task=tuned.task, seed=1)
     assert not entry(pruned.key, other, *pruned.passes).is_done(row)
+
+
+def test_a_task_is_known_by_its_rows_or_the_names_of_its_files_wherever_they_lie(folder):
+    pruned = study(folder).entries[1]
+
+    def known(source):
+        return replace(pruned, task=replace(pruned.task, source=source)).task_digest
+
+    def files(path):
+        return known(sources.files({"train": path}))
+
+    assert files("/here/a.csv") == files("/there/a.csv") != files("/here/b.csv")
+    assert known(sc.tasks.glue("sst2").source) == known(
+        sc.tasks.glue("mrpc").source
+    )  # the task's name stands for it
+    rows = [{"text": f"a film {'very ' * i}good", "label": i % 2} for i in range(10)]
+    assert known(sources.rows({"train": rows})) == known(sources.rows({"train": [*rows]}))
+    assert known(sources.rows({"train": rows})) != known(sources.rows({"train": rows[1:]}))
 
 
 def test_a_row_of_another_tokenizer_or_of_another_task_or_tokenizer_of_its_parent_is_not_the_entrys(

@@ -93,6 +93,15 @@ def test_distillation_formula(tokenizer) -> None:
     assert not DistillationLoss(teacher=teacher, task=TASK).labelled
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 5.0), (-1.0, 3.0)])
+def test_cosines_are_held_against_labels_from_the_least_to_the_greatest(tokenizer, low, high) -> None:
+    same = {"sentence1": "the film was good", "sentence2": "the film was good", "label": high}
+    rows = [same] * 9 + [{**same, "sentence2": "a very bad plot", "label": low}]
+    loss = TaskLoss(task=tasks.similarity({"train": rows, "test": rows}, selection="test"))
+    same_texts = batch_of(tasks.similarity([same] * 9, test=1, selection=1), tokenizer)
+    assert loss(encoder(), same_texts).item() == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["classification", "regression", "similarity", "language_modelling"])
 def test_a_student_equal_to_its_teacher_has_no_loss(tokenizer, kind: str) -> None:
     if kind == "classification":

@@ -1,6 +1,6 @@
 """What the rows of a study of combinations say, from the rows alone: no model is read and torch is not imported."""
 
-from stackcomp.studies.analysis.attribution import MEASURES, Attribution, attribution, shapley
+from stackcomp.studies.analysis.attribution import MEASURES, Attribution, attribution
 from stackcomp.studies.analysis.cells import Cell, Cells, Estimate
 from stackcomp.studies.analysis.extra import Extra, Interaction, extra, interactions, pareto
 from stackcomp.studies.analysis.orders import Order, orders
@@ -19,5 +19,4 @@ __all__ = [
     "interactions",
     "orders",
     "pareto",
-    "shapley",
 ]

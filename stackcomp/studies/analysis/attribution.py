@@ -84,14 +84,6 @@ def attribution(cells: Cells, choice: Mapping[str, str], measure: str) -> Attrib
     )
 
 
-def shapley(players: Sequence[str], game: Game) -> dict[str, float]:
-    """The Shapley value of every player; `game` gives the value of every subset, that of none included."""
-    return {
-        player: sum(weight * game[coalition] for coalition, weight in of.items())
-        for player, of in shapley_weights(players).items()
-    }
-
-
 def shapley_weights(players: Sequence[str]) -> dict[str, dict[Coalition, float]]:
     """By player, how much the value of each subset counts in the player's Shapley value: with s players beside it of n in
     all, 1 / (n C(n - 1, s)) for the subset with it, and as much less for the one without it."""

@@ -7,13 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackcomp.core.errors import StudyRefused
-from stackcomp.studies.analysis import Cells, attribution, interactions, shapley
-from stackcomp.studies.analysis.attribution import coalitions
+from stackcomp.studies.analysis import Cells, attribution, interactions
+from stackcomp.studies.analysis.attribution import coalitions, shapley_weights
 from stackcomp.studies.study import Skipped
 from tests.studies.analysis.made import row
 
 PLAYERS = ("a", "b", "c", "d")
 values = st.floats(-100, 100, allow_nan=False)
+
+
+def shapley(players, game):
+    """The value of every player; `game` gives that of every subset."""
+    return {
+        player: sum(weight * game[coalition] for coalition, weight in of.items())
+        for player, of in shapley_weights(players).items()
+    }
 
 
 @st.composite
