@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ from stackcomp.core.errors import (
     SettingError,
     StackcompError,
     StudyRefused,
+    UnknownPass,
 )
 from stackcomp.core.files import disk_is_full
 from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
+from stackcomp.core.selection import nearest
 
 if TYPE_CHECKING:
     from stackcomp.studies import Rows, Study
@@ -197,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_show)
 
     command = commands.add_parser(
-        "passes", help="list all registered passes with settings, contract and paper"
+        "passes", help="list all registered passes with settings, contract and paper, or say all of some"
     )
+    command.add_argument("names", nargs="*", metavar="NAME", help="a pass, and what its settings mean")
     command.set_defaults(command=_passes)
     return parser
 
@@ -411,7 +414,12 @@ def _show(options: argparse.Namespace) -> int:
 def _passes(options: argparse.Namespace) -> int:
     from stackcomp.passes import registered
 
-    print("\n\n".join(describe(cls) for cls in registered().values()))
+    known = registered()
+    for name in options.names:
+        if name not in known:
+            raise UnknownPass(f"no pass is named {name!r}: the nearest are {nearest(name, known)}")
+    told = [explain(known[name]) for name in options.names] or [describe(cls) for cls in known.values()]
+    print("\n\n".join(told))
     return 0
 
 
@@ -429,6 +437,12 @@ def describe(cls: type[Pass]) -> str:
         f"  paper: {cls.paper}",
     ]
     return "\n".join(lines)
+
+
+def explain(cls: type[Pass]) -> str:
+    """The same, and all that the pass and what it shares with others say of themselves."""
+    told = [inspect.cleandoc(base.__doc__ or "") for base in cls.__mro__ if is_dataclass(base)]
+    return "\n\n".join([describe(cls), *told])
 
 
 def _pipeline(found: dict[str, Any], file: Path) -> Pipeline:

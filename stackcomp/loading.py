@@ -1,6 +1,6 @@
 """Models from a folder or a hub name, with the head that a task needs, and what a task needs of a model."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from inspect import unwrap
 from pathlib import Path
@@ -97,6 +97,8 @@ def check_fits(model: "PreTrainedModel", task: "Task") -> None:
         raise UnsupportedModel(
             f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
         )
+    if task.kind == "classification":
+        _check_order(model.config.id2label, task)
     if task.kind in ("classification", "regression") and nn.padding_id(model) is None and _reads_last(model):
         raise UnsupportedModel(
             f"{kind} finds the last token of a text by the padding, and its config has pad_token_id={model.config.pad_token_id}: set "
@@ -108,6 +110,18 @@ def check_fits(model: "PreTrainedModel", task: "Task") -> None:
                 f"task {task.name!r}: max_length={task.max_length} is more than the {places} positions of {name}: "
                 f"give max_length={places} or less"
             )
+
+
+def _check_order(classes: Mapping[int, str], task: "Task") -> None:
+    """Refuse a model whose config has the task's classes in another order."""
+    said = [str(classes[number]).casefold() for number in sorted(classes)]
+    wanted = [name.casefold() for name in task.label_names]
+    if said != wanted and sorted(said) == sorted(wanted):
+        order = tuple(classes[number] for number in sorted(classes))
+        raise SettingError(
+            f"task {task.name!r}: its classes are {task.label_names}, and the model's are {order} (id2label of its config): give "
+            "labels= in the model's order"
+        )
 
 
 def _auto_class(task: "Task | None") -> Any:

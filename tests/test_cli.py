@@ -86,6 +86,17 @@ def test_passes_lists_every_registered_pass(capsys):
         assert cls.paper in out
     assert "an ordinary, shallower model of the same family, however its layers are stored." in out
     assert "contract: asks nothing and keeps every fact" in out
+    assert "steps between the points" not in out
+
+
+def test_passes_explains_the_settings_of_those_that_are_named(capsys):
+    assert main(["passes", "STF", "DenseSparse"]) == 0
+    out = capsys.readouterr().out
+    assert "every: " in out
+    assert "steps between the points from which a killed run resumes" in out
+    assert "how far the ratio of one layer may be from that of all" in out
+    assert main(["passes", "DenseSpars"]) == 2
+    assert "no pass is named 'DenseSpars': the nearest are DenseSparse" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["passes"], ["check", "FILE"]])

@@ -39,6 +39,20 @@ def test_what_cannot_be_run_has_no_outline_either(tmp_path):
         loading.outline(tmp_path / "short", replace(task, max_length=40))
 
 
+def test_classes_in_another_order_are_refused():
+    task = replace(toys.classification_task(), labels=("no", "yes"))
+    model = toys.bert_classifier()
+    loading.check_fits(model, task)  # whose config names none
+    for order in (("No", "Yes"), ("bad", "good")):
+        model.config.id2label = dict(enumerate(order))
+        loading.check_fits(model, task)
+    model.config.id2label = {0: "yes", 1: "no"}
+    with pytest.raises(
+        SettingError, match=r"the model's are \('yes', 'no'\) .*give labels= in the model's order"
+    ):
+        loading.check_fits(model, task)
+
+
 @pytest.mark.parametrize("padding", [None, -1, toys.VOCABULARY])
 def test_a_head_that_cannot_tell_padding_is_refused_with_the_way_out(padding):
     task = toys.classification_task()
