@@ -119,7 +119,10 @@ def legal(passes: Sequence["Pass"], plan: Plan) -> bool:
     """Whether `passes` may run in this order on a model of this plan."""
     current: Plan | None = plan
     for step in passes:
-        current = _follow(step, current)
+        try:
+            current = _follow(step, current)
+        except NothingToCompress:
+            return False
         if current is None:
             return False
     return True
