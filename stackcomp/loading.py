@@ -112,7 +112,7 @@ def check_fits(model: "PreTrainedModel", task: "Task") -> None:
             )
 
 
-def _check_order(classes: Mapping[int, str], task: "Task") -> None:
+def _check_order(classes: Mapping[Any, str], task: "Task") -> None:
     """Refuse a model whose config has the task's classes in another order."""
     said = [str(classes[number]).casefold() for number in sorted(classes)]
     wanted = [name.casefold() for name in task.label_names]

@@ -16,11 +16,11 @@ class TrainSettings:
     """How to train: AdamW, warm-up then a schedule, batches of similar lengths.
 
     epochs: passes over the training split, fractions too; steps: an upper bound on optimizer steps, or None: training ends with the first
-    of both; learning_rate: its peak; batch_size: examples a step; warmup: share of the steps with a rising rate; schedule: how the rate falls afterwards, to 0 (linear,
-    cosine) or not at all (constant); weight_decay: of AdamW; gradient_clip: the most that the gradient's norm may be; bf16: run forward
-    and backward under bfloat16 autocast, while parameters and optimizer stay as they are; None does so where the processor has
-    instructions for it; dropout: leave the model's dropout on; limit:
-    train on so many examples, a fixed random subset; save_every: steps between the points from which a killed run resumes.
+    of both; learning_rate: its peak; batch_size: examples a step; warmup: share of the steps with a rising rate; schedule: how the rate
+    falls afterwards, to 0 (linear, cosine) or not at all (constant); weight_decay: of AdamW; gradient_clip: the most that the gradient's
+    norm may be; bf16: run forward and backward under bfloat16 autocast, while parameters and optimizer stay as they are; None does so
+    where the processor has instructions for it; dropout: leave the model's dropout on; limit: train on so many examples, a fixed random
+    subset; save_every: steps between the points from which a killed run resumes.
     """
 
     epochs: float = 1.0
