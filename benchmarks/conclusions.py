@@ -52,7 +52,10 @@ def _stacks(results: Results) -> Iterator[str]:
     found = smallest.stacks(results[smallest.NAME])
     if not found:
         return
-    yield "**Stacks go on where rounding ends.** Whole files on SST-2, points on the sentences that they were scored on once:"
+    yield (
+        "**Stacks go on where rounding ends.** Whole files on SST-2; points against dense on the validation split, where each was scored "
+        "once:"
+    )
     lines = [
         f"{one.name}: {_loses(one.chosen)} "
         f"({plus_minus(one.searched['difference'], one.searched['difference_noise'], signed=True)} where it was selected)"
@@ -108,18 +111,20 @@ def _trained(compared: Comparison) -> Iterator[str]:
     if not (ours and theirs):
         return
     yield (
-        f"**DSFormer, trained,** at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks, against dense: {_gap(ours)} points, low rank "
-        f"{_gap(theirs)}, both factorized in the metric of inputs."
+        f"**DSFormer, trained,** at {RATIO:g}x of the encoder, mean of {ours.tasks} tasks, points against dense: {_gap(ours)}, low rank "
+        f"{_gap(theirs)}, both fitted to what the layers put out."
     )
     weighed, low_rank = (compared.difference((method, RATIO), DENSE) for method in GRADIENTS)
     if weighed and low_rank and weighed.tasks == low_rank.tasks == ours.tasks:
-        yield f"With gradients in the metric, too: {_gap(weighed)}, low rank {_gap(low_rank)}."
+        alike = compared.difference(*((method, RATIO) for method in GRADIENTS))
+        verdict = "" if alike is None or abs(alike.value) > alike.half else ": no difference beyond the noise"
+        yield f"Fitted to what the model says (gradients): {_gap(weighed)}, low rank {_gap(low_rank)}{verdict}."
     published, alike = (at_equal_mean(compared, GRADIENTS[0], one) for one in (LOW_RANK[0], GRADIENTS[1]))
     near = at_equal_mean(compared, *GRADIENTS, figure="nearness")
     if all(one.ratio.value and one.count > 1 for one in (published, alike, near)):
         yield (
-            f"With them it compresses the encoder {_times(published)} times as much as low rank in the metric of inputs at equal score, "
-            f"{_times(alike)} times as much as low rank with gradients at equal score, {_times(near)} at equal error of the outputs."
+            f"At equal score, with gradients, it compresses the encoder {_times(published)} times as much as low rank fitted to the "
+            f"layers, and {_times(alike)} times as much as low rank fitted alike; at equal error of the outputs, {_times(near)} times."
         )
 
 
@@ -136,7 +141,8 @@ def _supports(compared: Comparison) -> Iterator[str]:
 
 
 def _times(found: Equal) -> str:
-    return f"{found.ratio.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    settled = ", not settled" if found.low <= 1.0 <= found.high else ""
+    return f"{found.ratio.value:.2f} ({found.low:.2f} to {found.high:.2f}{settled})"
 
 
 def _speed(results: Results) -> Iterator[str]:

@@ -98,7 +98,7 @@ def check_fits(model: "PreTrainedModel", task: "Task") -> None:
             f"{kind} has {outputs} outputs, and task {task.name!r} wants {wanted}: fine-tune one with num_labels={wanted} first"
         )
     if task.kind == "classification":
-        _check_order(model.config.id2label, task)
+        _check_order(model.config.id2label or {}, task)
     if task.kind in ("classification", "regression") and nn.padding_id(model) is None and _reads_last(model):
         raise UnsupportedModel(
             f"{kind} finds the last token of a text by the padding, and its config has pad_token_id={model.config.pad_token_id}: set "

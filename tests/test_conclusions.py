@@ -58,7 +58,7 @@ def test_stacks_stand_beside_the_best_single_technique(monkeypatch):
     monkeypatch.setattr(smallest, "stacks", lambda rows: [found] if rows else [])
     alone = [test_smallest.single("good", split, -0.3, 8e6) for split in ("selection", "test")]
     text = said(**{smallest.NAME: test_smallest.FOUND, smallest.SINGLE: alone})
-    assert "on once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); one" in text
+    assert "scored once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); one" in text
     assert text.endswith(
         "one technique, good (the smallest of 1 within 1 point): 10.0x smaller, -0.30 ± 1.00 points."
     )
@@ -102,7 +102,7 @@ def test_factors_are_compared_at_equal_bytes_and_trained():
         "**Dense-sparse does not always hold more than low rank in the same bytes:** -1.00 to +1.00" in behind
     )
     assert behind.endswith("on STS-B without training.")
-    assert "mean of 4 tasks, against dense: -0." in text
+    assert "mean of 4 tasks, points against dense: -0." in text
     assert "(+" not in said(stsb=[])
 
 
@@ -113,9 +113,9 @@ def test_how_much_smaller_than_both_low_ranks_is_said_where_both_figures_are():
 
     *_, text = conclusions._trained(compared(score))
     assert (
-        " times as much as low rank in the metric of inputs at equal score, 1.00 (1.00 to 1.00) times" in text
+        " times as much as low rank fitted to the layers, and 1.00 (1.00 to 1.00, not settled) times" in text
     )
-    assert text.endswith("at equal score, 1.50 (1.50 to 1.50) at equal error of the outputs.")
+    assert text.endswith("fitted alike; at equal error of the outputs, 1.50 (1.50 to 1.50) times.")
     assert float(text.partition("encoder ")[2].partition(" (")[0]) > 1.5
     one = compared(score, only=lambda entry: entry.labels["task"] == "stsb" and entry.seed == 0)
     no_curve = compared(score, only=lambda entry: entry.labels["ratio"] != 10.0)
