@@ -30,6 +30,7 @@ from stackcomp.core.passes import Pass
 from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.pipeline_file import read_file
 from stackcomp.core.selection import nearest
+from stackcomp.loading import hush
 
 if TYPE_CHECKING:
     from stackcomp.studies import Rows, Study
@@ -48,6 +49,7 @@ PLACE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    hush()
     try:
         return options.command(options)
     except StackcompError as error:

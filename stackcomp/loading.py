@@ -1,5 +1,6 @@
 """Models from a folder or a hub name, with the head that a task needs, and what a task needs of a model."""
 
+import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from inspect import unwrap
@@ -60,6 +61,12 @@ def outline(source: str | Path, task: "Task | None" = None) -> "PreTrainedModel"
     if task is not None:
         check_fits(model, task)
     return model
+
+
+def hush() -> None:
+    """Keep what torchao says of missing GPU libraries when transformers imports it out of our messages."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Nothing is computed and no weight is read before all of that is settled.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,7 +23,7 @@ from stackcomp.core.pipeline import Pipeline
 from stackcomp.core.plan import Plan
 from stackcomp.core.selection import all_match
 from stackcomp.core.settings import whole
-from stackcomp.loading import check_fits, check_task, load_model, outline
+from stackcomp.loading import check_fits, check_task, hush, load_model, outline
 from stackcomp.run import Measuring, Result, Run, plan_of
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class PassManager:
         again. Raises PipelineRefused, MissingNeed or BadWeights before any compute, OutputInUse when `out`
         holds something else.
         """
-        _hush()
+        hush()
         self._check_types(pipeline)
         source = self._module(model)
         plans = contract.predict(pipeline.flat(), plan_of(source))
@@ -260,12 +259,6 @@ def _check_device(device: Any) -> None:
         raise SettingError(
             f"device={device!r} cannot be used ({said}): give 'cpu' or one that is there"
         ) from error
-
-
-def _hush() -> None:
-    """Keep what torchao says of missing GPU libraries when transformers imports it out of a run's messages."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 __all__ = ["Measuring", "PassManager", "Result", "check", "plan_of"]

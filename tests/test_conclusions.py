@@ -58,7 +58,9 @@ def test_stacks_stand_beside_the_best_single_technique(monkeypatch):
     monkeypatch.setattr(smallest, "stacks", lambda rows: [found] if rows else [])
     alone = [test_smallest.single("good", split, -0.3, 8e6) for split in ("selection", "test")]
     text = said(**{smallest.NAME: test_smallest.FOUND, smallest.SINGLE: alone})
-    assert "scored once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); one" in text
+    assert (
+        "scored once: a: 20.0x smaller, -1.00 ± 1.00 points (-0.50 ± 1.00 where it was selected); one" in text
+    )
     assert text.endswith(
         "one technique, good (the smallest of 1 within 1 point): 10.0x smaller, -0.30 ± 1.00 points."
     )
