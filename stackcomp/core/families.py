@@ -301,10 +301,8 @@ def readings(family: Family, paths: Collection[str]) -> Iterator[tuple[str, tupl
     layers = [place[0] for path in paths if (place := Stack(path=stack, count=0).split(path))]
     for layer in range(max(layers, default=-1) + 1):
         for source, readers in family.readers.items():
-            found, read = (
-                tuple(f"{stack}.{layer}.{reader}" for reader in readers),
-                f"{stack}.{layer}.{source}",
-            )
+            found = tuple(f"{stack}.{layer}.{reader}" for reader in readers)
+            read = f"{stack}.{layer}.{source}"
             if all(path in paths for path in found) and (source not in weights or read in paths):
                 yield read, found
 

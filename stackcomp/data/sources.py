@@ -122,8 +122,8 @@ def _frozen(split: str, row: Any) -> dict[str, Any]:
             hash(value)
         except TypeError as error:
             raise DataError(
-                f"split {split!r}: column {column!r} holds {value!r}, which is no value that can be kept: give numbers, texts or lists of "
-                "them, or leave the column out"
+                f"split {split!r}: column {column!r} holds {value!r:.80}, which is no value that can be kept: give numbers, texts or "
+                "lists of them, or leave the column out"
             ) from error
     return found
 

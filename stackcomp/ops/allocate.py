@@ -120,9 +120,7 @@ def most_nonzeros(
             rows, columns, atoms=atoms, nonzeros=nonzeros, blocks=blocks, value_bytes=value_bytes
         )
 
-    half = (
-        atoms // 2
-    )  # where the support is dearest: below it size rises with s, so halving finds the largest
+    half = atoms // 2  # where the support is dearest: below it size rises with s
     below = bisect(range(1, half + 1), False, key=too_large)
     return next((nonzeros for nonzeros in range(atoms, half, -1) if not too_large(nonzeros)), below)
 
