@@ -16,7 +16,7 @@ from torch import nn
 
 from stackcomp.core.errors import SettingError
 from stackcomp.core.headers import read_header
-from stackcomp.nn.modes import evaluating
+from stackcomp.nn import evaluating
 
 HEADER = "(header)"
 

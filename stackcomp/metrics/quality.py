@@ -26,7 +26,7 @@ from stackcomp.core.errors import BadWeights, DataError
 from stackcomp.data.batches import IGNORED_LABEL, Collator, inference_batches, lengths_of, mean_over_tokens
 from stackcomp.data.question_answering import NOWHERE, position_logits
 from stackcomp.metrics import answers
-from stackcomp.nn.modes import evaluating
+from stackcomp.nn import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

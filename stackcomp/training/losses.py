@@ -18,7 +18,7 @@ from stackcomp.core.context import Progress, quiet
 from stackcomp.core.errors import SettingError, TrainingDiverged, UnsupportedModel
 from stackcomp.data.batches import IGNORED_LABEL, inference_batches, mean_over_tokens
 from stackcomp.data.question_answering import position_logits
-from stackcomp.nn.modes import evaluating
+from stackcomp.nn import evaluating
 from stackcomp.training.attention import Heads, caught, depth, relation_divergence, score_error
 from stackcomp.training.settings import check_distillation
 
